@@ -1,0 +1,343 @@
+"""Plain MPI: reduction on a shared window inside a node, a ring between nodes.
+
+Inside a node the ranks' buffers lie in one shared window. Each rank reduces its share of
+all of them in place, chunk by chunk in cache, so that an all-reduce moves hardly more bytes
+than one copy. Only the reduced shares travel between nodes: local_size times less than if
+every rank sent its own buffer.
+"""
+
+from typing import Any
+
+import numpy as np
+from mpi4py import MPI
+from numpy.typing import NDArray
+
+from hpc_dl.arrays import host_view
+from hpc_dl.comm import ring, window
+from hpc_dl.comm.base import BaseCommunicator
+from hpc_dl.comm.cuda import CudaMode, choose_cuda_mode
+from hpc_dl.comm.kernels import combine, reduce_in_place, share
+from hpc_dl.comm.protocol import ANY, Array, Op, Status, Work
+from hpc_dl.errors import OptionError
+
+#: Below this MPI's own all-reduce has the lower latency.
+SMALL_BYTES = 64 * 1024
+#: Bytes of each rank's staging area for buffers that are not in a window: small inside a
+#: node, where it should stay in cache; larger between nodes, where each piece has a latency.
+STAGE_BYTES = 1 << 20
+STAGE_BYTES_BETWEEN_NODES = 16 << 20
+
+_MPI_OPS = {Op.SUM: MPI.SUM, Op.MIN: MPI.MIN, Op.MAX: MPI.MAX, Op.PRODUCT: MPI.PROD}
+#: Kinds of NumPy types (and item sizes from 4 bytes for floats) that MPI itself reduces.
+_MPI_KINDS = "iufc"
+
+
+class MpiCommunicator(BaseCommunicator):
+    """Collectives and messages over an MPI communicator."""
+
+    name = "mpi"
+
+    def __init__(self, comm: MPI.Intracomm, node_size: int = 0, cuda: str = "auto"):
+        """Take over a communicator; all its ranks call this.
+
+        Args:
+            comm: any intra-communicator; it is duplicated.
+            node_size: treat each run of so many ranks of a node as a node of its own (for
+                NUMA domains, and to try the path between nodes on one machine); 0: real nodes.
+            cuda: what to do with CUDA tensors: ``aware`` passes them to a CUDA-aware MPI,
+                ``stage`` copies them through the host, ``error`` refuses them, ``auto`` is
+                ``aware`` if MPI says that it is, else ``error``.
+        """
+        if node_size < 0:
+            raise OptionError(f"node_size={node_size}; valid: 0 (real nodes) or a positive number")
+        threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
+        super().__init__(comm.rank, comm.size, threaded=threaded)
+        self.cuda = choose_cuda_mode(cuda)
+        self._node_size = node_size
+        self._comm = comm.Dup()
+        node = self._comm.Split_type(MPI.COMM_TYPE_SHARED, key=comm.rank)
+        if node_size:
+            whole, node = node, node.Split(node.rank // node_size, node.rank)
+            whole.Free()
+        self._node = MPI.Intracomm(node)
+        self._cross = self._comm.Split(node.rank, comm.rank)
+        self.local_rank, self.local_size = node.rank, node.size
+        self.cross_rank, self.cross_size = self._cross.rank, self._cross.size
+        sizes = self._exchange(np.array([node.size], np.int64))
+        self.homogeneous = bool(sizes.min() == sizes.max())
+        # Every node cuts a buffer into the same shares, one for each of its first ranks.
+        self._shares = int(sizes.min())
+        self._nodes = self._cross.size if self.local_rank < self._shares else 1
+        self._alone = bool(sizes.max() == 1)
+        self._one_node = bool(sizes.min() == comm.size)
+        self._segments: list[window.Segment] = []
+        self._stage: window.Segment | None = None
+
+    # --- all-reduce ---------------------------------------------------------------
+
+    def _allreduce(self, flat: Array, op: Op, scale: float) -> None:
+        if self.size == 1 or flat.size == 0:
+            _scale(flat, scale)
+        elif flat.nbytes <= SMALL_BYTES and _mpi_reduces(flat):
+            self._comm.Allreduce(MPI.IN_PLACE, flat, _MPI_OPS[op])
+            _scale(flat, scale)
+        elif self._alone:
+            ring.allreduce(self._cross, flat, op)
+            _scale(flat, scale)
+        elif (views := self._window_views(flat)) is not None:
+            self._node.Barrier()
+            self._reduce_views(views, op, scale)
+            self._node.Barrier()
+        else:
+            self._allreduce_staged(flat, op, scale)
+
+    def _window_views(self, flat: Array) -> list[Array] | None:
+        for segment in self._segments:
+            views = segment.views(flat)
+            if views is not None:
+                return views
+        return None
+
+    def _reduce_views(self, views: list[Array], op: Op, scale: float) -> None:
+        """Reduce this rank's share of all local buffers, over all nodes, in place."""
+        if self.local_rank >= self._shares:
+            return
+        lo, hi = share(len(views[0]), self.local_rank, self._shares, 64 // views[0].itemsize)
+        if self._one_node:
+            reduce_in_place(views, lo, hi, op, scale)
+            return
+        reduce_in_place(views, lo, hi, op, out=views[:1])
+        if hi > lo:
+            ring.allreduce(self._cross, views[0][lo:hi], op)
+        reduce_in_place(views[:1], lo, hi, op, scale, out=views)
+
+    def _allreduce_staged(self, flat: Array, op: Op, scale: float) -> None:
+        """Pass a buffer that is not in a window through one, two slots in turn.
+
+        While slot A is being reduced the next piece is copied into slot B, so one barrier
+        for each piece is enough.
+        """
+        stage_bytes = STAGE_BYTES if self._one_node else STAGE_BYTES_BETWEEN_NODES
+        if self._stage is None:
+            self._stage = window.allocate(self._node, 2 * stage_bytes)
+        step = stage_bytes // flat.itemsize
+        pieces = [flat[start : start + step] for start in range(0, len(flat), step)]
+        slots = [
+            [part[at : at + stage_bytes].view(flat.dtype) for part in self._stage.parts]
+            for at in (0, stage_bytes)
+        ]
+        mine = [slot[self.local_rank] for slot in slots]
+        mine[0][: len(pieces[0])] = pieces[0]
+        for number, piece in enumerate(pieces):
+            self._node.Barrier()
+            if number > 0:
+                before = pieces[number - 1]
+                np.copyto(before, mine[(number - 1) % 2][: len(before)])
+            self._reduce_views([part[: len(piece)] for part in slots[number % 2]], op, scale)
+            if number + 1 < len(pieces):
+                after = pieces[number + 1]
+                mine[(number + 1) % 2][: len(after)] = after
+        self._node.Barrier()
+        np.copyto(pieces[-1], mine[(len(pieces) - 1) % 2][: len(pieces[-1])])
+
+    def _allreduce_device(self, x: Any, op: Op, scale: float) -> None:
+        if self.cuda is CudaMode.ERROR:
+            super()._allreduce_device(x, op, scale)
+        elif self.cuda is CudaMode.STAGE:
+            host = x.detach().cpu().contiguous()
+            self._allreduce(host_view(host).reshape(-1), op, scale)
+            x.copy_(host)
+        else:
+            _wait_for_stream(x)
+            self._comm.Allreduce(MPI.IN_PLACE, x, _MPI_OPS[op])
+            if scale != 1.0:
+                x.mul_(scale)
+
+    def check_device(self, x: Any) -> None:
+        """Refuse a CUDA tensor, unless it may be copied through the host."""
+        if self.cuda is CudaMode.ERROR:
+            super().check_device(x)
+
+    # --- the other collectives ----------------------------------------------------
+
+    def _allgather(self, x: Array) -> list[Array]:
+        rows = self._exchange(np.array([len(x) if x.ndim else 1], np.int64)).ravel()
+        shape = x.shape[1:]
+        everyone = np.empty((int(rows.sum()), *shape), x.dtype)
+        with _RowType(x.itemsize * int(np.prod(shape))) as row:
+            if row is not None:
+                starts = np.cumsum(rows) - rows
+                self._comm.Allgatherv(
+                    [x, int(rows[self.rank]), row], [everyone, (rows, starts), row]
+                )
+        arrays = np.split(everyone, np.cumsum(rows)[:-1])
+        return [array.reshape(()) for array in arrays] if x.ndim == 0 else arrays
+
+    def _broadcast(self, flat: Array, root: int) -> None:
+        with _RowType(flat.itemsize) as item:
+            self._comm.Bcast([flat, len(flat), item], root)
+
+    def _broadcast_device(self, x: Any, root: int) -> None:
+        if self.cuda is CudaMode.ERROR:
+            super()._broadcast_device(x, root)
+        elif self.cuda is CudaMode.STAGE:
+            host = x.detach().cpu().contiguous()
+            self._broadcast(host_view(host).reshape(-1), root)
+            x.copy_(host)
+        else:
+            _wait_for_stream(x)
+            self._comm.Bcast(x, root)
+
+    def _alltoall(self, parts: list[Array]) -> list[Array]:
+        shape, dtype = parts[0].shape[1:], parts[0].dtype
+        sent = np.array([len(part) for part in parts], np.int64)
+        received = np.empty_like(sent)
+        self._comm.Alltoall(sent, received)
+        outgoing = np.concatenate(parts)
+        incoming = np.empty((int(received.sum()), *shape), dtype)
+        with _RowType(dtype.itemsize * int(np.prod(shape))) as row:
+            if row is not None:
+                self._comm.Alltoallv(
+                    [outgoing, (sent, np.cumsum(sent) - sent), row],
+                    [incoming, (received, np.cumsum(received) - received), row],
+                )
+        return np.split(incoming, np.cumsum(received)[:-1])
+
+    def _exchange(self, row: Array) -> Array:
+        rows = np.empty((self.size, len(row)), row.dtype)
+        self._comm.Allgather([row, row.nbytes, MPI.BYTE], [rows, row.nbytes, MPI.BYTE])
+        return rows
+
+    def _barrier(self) -> None:
+        self._comm.Barrier()
+
+    def _reduce_parts(self, parts: list[Array], op: Op, scale: float) -> Array:
+        return combine(parts, op, scale)
+
+    # --- groups and memory --------------------------------------------------------
+
+    def split(self, color: int | None, key: int = 0) -> "MpiCommunicator | None":
+        """Form sub-groups of the ranks that give the same color, ordered by key, then rank."""
+        mpi_color = MPI.UNDEFINED if color is None else color
+        part = MPI.Intracomm(self._queue.run(lambda: self._comm.Split(mpi_color, key)))
+        if part == MPI.COMM_NULL:
+            return None
+        group = MpiCommunicator(part, self._node_size, self.cuda.value)
+        part.Free()
+        return group
+
+    def allocate(self, nbytes: int) -> NDArray[np.uint8]:
+        """Return zeroed memory in the node's shared window. All ranks call it alike."""
+        if nbytes == 0 or self._alone:
+            return np.zeros(nbytes, np.uint8)
+        segment: window.Segment = self._queue.run(lambda: window.allocate(self._node, nbytes))
+        self._segments.append(segment)
+        return segment.parts[self.local_rank]
+
+    def owns(self, x: Array) -> bool:
+        """Tell whether ``x`` lies in a shared window."""
+        return self._window_views(x) is not None
+
+    def close(self) -> None:
+        """Finish what is pending and free windows and communicators. All ranks call it."""
+        super().close()
+        stages = [] if self._stage is None else [self._stage]
+        for segment in self._segments + stages:
+            window.free(segment)
+        self._segments, self._stage = [], None
+        for comm in (self._cross, self._node, self._comm):
+            comm.Free()
+
+    # --- messages -----------------------------------------------------------------
+
+    def send(self, x: Array, dest: int, tag: int = 0) -> None:
+        """Send ``x``; returns when its memory may be reused."""
+        self.isend(x, dest, tag).wait()
+
+    def recv(self, x: Array, source: int = ANY, tag: int = ANY) -> Status:
+        """Wait for a message and write it to the front of ``x``."""
+        status: Status = self.irecv(x, source, tag).wait()
+        return status
+
+    def isend(self, x: Array, dest: int, tag: int = 0) -> Work:
+        """Start to send ``x``, which is not to be written to until ``wait`` returns."""
+        self._check_rank(dest, "dest")
+        flat = self._readable(x, "isend").reshape(-1)
+        return _Message(self._comm.Isend([flat, flat.nbytes, MPI.BYTE], dest, tag), flat)
+
+    def irecv(self, x: Array, source: int = ANY, tag: int = ANY) -> Work:
+        """Start to receive into ``x``."""
+        flat = self._flat(x, "irecv")
+        buffer = [flat, flat.nbytes, MPI.BYTE]
+        return _Message(self._comm.Irecv(buffer, *_wildcards(source, tag)), flat)
+
+    def iprobe(self, source: int = ANY, tag: int = ANY) -> Status | None:
+        """Describe a message that ``recv`` would return at once, if there is one."""
+        status = MPI.Status()
+        found = self._comm.Iprobe(*_wildcards(source, tag), status)
+        return _status(status) if found else None
+
+
+class _Message:
+    """A message under way; it keeps its memory alive."""
+
+    def __init__(self, request: MPI.Request, flat: Array):
+        self._request, self._flat = request, flat
+        self._status: Status | None = None
+
+    def done(self) -> bool:
+        """Tell whether ``wait`` would return at once."""
+        status = MPI.Status()
+        if self._status is None and self._request.Test(status):
+            self._status = _status(status)
+        return self._status is not None
+
+    def wait(self) -> Status:
+        """Block until it is complete."""
+        if self._status is None:
+            status = MPI.Status()
+            self._request.Wait(status)
+            self._status = _status(status)
+        return self._status
+
+
+class _RowType:
+    """An MPI type of ``nbytes`` bytes, so that counts are rows and may pass 2 GiB."""
+
+    def __init__(self, nbytes: int):
+        self._nbytes = nbytes
+
+    def __enter__(self) -> MPI.Datatype | None:
+        self._type = MPI.BYTE.Create_contiguous(self._nbytes).Commit() if self._nbytes else None
+        return self._type
+
+    def __exit__(self, *_: object) -> None:
+        if self._type is not None:
+            self._type.Free()
+
+
+def _wildcards(source: int, tag: int) -> tuple[int, int]:
+    return (
+        MPI.ANY_SOURCE if source == ANY else source,
+        MPI.ANY_TAG if tag == ANY else tag,
+    )
+
+
+def _status(status: MPI.Status) -> Status:
+    return Status(status.Get_source(), status.Get_tag(), status.Get_count(MPI.BYTE))
+
+
+def _scale(flat: Array, scale: float) -> None:
+    if scale != 1.0:
+        np.multiply(flat, flat.dtype.type(scale), out=flat)
+
+
+def _mpi_reduces(flat: Array) -> bool:
+    return flat.dtype.kind in _MPI_KINDS and (flat.dtype.kind in "iu" or flat.itemsize >= 4)
+
+
+def _wait_for_stream(x: Any) -> None:
+    """Make sure that the kernels that write ``x`` have ended: MPI knows no streams."""
+    import torch
+
+    torch.cuda.current_stream(x.device).synchronize()

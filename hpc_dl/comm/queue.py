@@ -1,0 +1,83 @@
+"""The communication thread: runs asynchronous collectives in the order they were asked for."""
+
+import queue
+import threading
+from collections.abc import Callable
+from typing import Any
+
+
+class QueuedWork:
+    """A call waiting for, or done by, the communication thread."""
+
+    def __init__(self, call: Callable[[], Any]):
+        self._call = call
+        self._finished = threading.Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Make the call and keep what it returned or raised."""
+        try:
+            self._result = self._call()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._finished.set()
+
+    def done(self) -> bool:
+        """Tell whether the call has returned or raised."""
+        return self._finished.is_set()
+
+    def wait(self) -> Any:
+        """Block until the call has ended; return its result or raise its error."""
+        self._finished.wait()
+        if self._error is not None:
+            raise self._error
+        return self._result
+
+
+class CommQueue:
+    """Runs calls one after the other: on a thread if asynchronous, in the caller otherwise.
+
+    The order is that of the calls to ``submit`` and ``run``, so ranks that make the same
+    calls in the same order meet in the same collectives. A synchronous call with nothing
+    pending runs in the caller, which saves two hand-overs between threads.
+    """
+
+    def __init__(self, name: str, threaded: bool = True):
+        self._name = name
+        self._threaded = threaded
+        self._calls: queue.SimpleQueue[QueuedWork | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._last: QueuedWork | None = None
+
+    def submit(self, call: Callable[[], Any]) -> QueuedWork:
+        """Run ``call`` on the communication thread, after all calls before it."""
+        work = QueuedWork(call)
+        if not self._threaded:
+            work.run()
+            return work
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+            self._thread.start()
+        self._last = work
+        self._calls.put(work)
+        return work
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Run ``call`` after all calls before it and return its result."""
+        on_thread = threading.current_thread() is self._thread
+        if not on_thread and self._last is not None and not self._last.done():
+            return self.submit(call).wait()
+        return call()
+
+    def _serve(self) -> None:
+        while (work := self._calls.get()) is not None:
+            work.run()
+
+    def close(self) -> None:
+        """Finish what is pending and end the thread."""
+        if self._thread is not None:
+            self._calls.put(None)
+            self._thread.join()
+            self._thread = None

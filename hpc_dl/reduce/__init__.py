@@ -1,0 +1,6 @@
+"""Where gradients meet communicators: fusion buckets, overlap with backward, the guard."""
+
+from hpc_dl.reduce.guard import ReplicaGuard
+from hpc_dl.reduce.reducer import Reducer, Traffic
+
+__all__ = ["Reducer", "ReplicaGuard", "Traffic"]

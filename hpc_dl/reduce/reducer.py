@@ -1,0 +1,138 @@
+"""Reduce gradients in fusion buckets, each as soon as it is full.
+
+Buckets go out in one fixed order on all ranks, whatever the order in which gradients become
+ready, so ranks can never wait for each other in different buckets.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from hpc_dl.arrays import Layout
+from hpc_dl.comm import Communicator, Op, Work
+
+#: Below this many bytes in all there is nothing to overlap: one reduction at the end of
+#: backward costs less than handing buckets to another thread.
+OVERLAP_BYTES = 1 << 20
+
+
+class Traffic(NamedTuple):
+    """What a reducer has done since it was made."""
+
+    steps: int
+    bytes_sent: int
+    """Bytes this rank put on the wire: 2 (n - 1) / n of the buckets in each step."""
+    wait_seconds: float
+    """Seconds in which the training thread waited for reductions."""
+
+
+class Reducer:
+    """Reduces a fixed set of buckets, step after step."""
+
+    def __init__(
+        self,
+        comm: Communicator,
+        layout: Layout,
+        op: Op = Op.AVERAGE,
+        scale: float = 1.0,
+        buffers: Sequence[Any] | None = None,
+        agree: Callable[[], None] | None = None,
+    ):
+        """Allocate the buckets; all ranks call this alike.
+
+        Args:
+            comm: the ranks that reduce together.
+            layout: which parameter lies where.
+            op: how the ranks' values are combined.
+            scale: a factor on the result.
+            buffers: one flat buffer for each bucket, for memory of a GPU; by default NumPy
+                arrays from ``comm.allocate``, in which reduction is fastest.
+            agree: called once in each step, in the order of the collectives, before the
+                first bucket: where ranks make sure that they are in the same step.
+        """
+        self.layout = layout
+        self.buffers: list[Any] = (
+            [
+                comm.allocate(bucket.nbytes).view(bucket.dtype)[: bucket.size]
+                for bucket in layout.buckets
+            ]
+            if buffers is None
+            else list(buffers)
+        )
+        self._comm, self._op, self._scale, self._agree = comm, op, scale, agree
+        self._overlap = len(layout.buckets) > 1 and layout.nbytes >= OVERLAP_BYTES
+        self._missing = [0] * len(layout.buckets)
+        self._next = 0
+        self._works: list[Work] = []
+        self._steps, self._bytes, self._waited = 0, 0, 0.0
+        self._rearm()
+
+    def views(self) -> dict[str, Any]:
+        """Return each parameter's part of its bucket, flat, by name."""
+        return {
+            parameter.name: buffer[offset : offset + parameter.size]
+            for bucket, buffer in zip(self.layout.buckets, self.buffers, strict=True)
+            for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=True)
+        }
+
+    def ready(self, bucket: int) -> None:
+        """Say that one more gradient of ``bucket`` is in its place; start what can start."""
+        self._missing[bucket] -= 1
+        if self._overlap:
+            while self._next < len(self._missing) and self._missing[self._next] <= 0:
+                self._start(self._next)
+
+    def missing(self) -> bool:
+        """Tell whether any bucket of this step waits for a gradient."""
+        return any(count > 0 for count in self._missing)
+
+    @property
+    def started(self) -> bool:
+        """Whether a bucket of this step is on its way."""
+        return self._next > 0
+
+    def finish(self) -> None:
+        """Reduce what has not been reduced and wait for all; the buckets then hold results.
+
+        Gradients that were not reported ready count with what their place holds.
+        """
+        begin = time.perf_counter()
+        if self._overlap:
+            while self._next < len(self.buffers):
+                self._start(self._next)
+            works, self._works = self._works, []
+            for work in works:
+                work.wait()
+        else:
+            self._agree_now()
+            for buffer in self.buffers:
+                self._comm.allreduce(buffer, self._op, self._scale)
+        self._waited += time.perf_counter() - begin
+        self._steps += 1
+        self._bytes += 2 * (self._comm.size - 1) * self.layout.nbytes // self._comm.size
+        self._rearm()
+
+    def serve(self) -> None:
+        """Take part in one step with zeros, after ``agree``: for a rank that has joined."""
+        for buffer in self.buffers:
+            buffer[:] = 0
+            self._comm.allreduce(buffer, self._op, self._scale)
+
+    def traffic(self) -> Traffic:
+        """Return steps, bytes sent and seconds waited so far."""
+        return Traffic(self._steps, self._bytes, self._waited)
+
+    def _agree_now(self) -> None:
+        if self._agree is not None:
+            self._agree()
+
+    def _start(self, bucket: int) -> None:
+        if bucket == 0 and self._agree is not None:
+            self._works.append(self._comm.submit(self._agree))
+        self._next = bucket + 1
+        buffer = self.buffers[bucket]
+        self._works.append(self._comm.allreduce_async(buffer, self._op, self._scale))
+
+    def _rearm(self) -> None:
+        self._missing = [len(bucket.parameters) for bucket in self.layout.buckets]
+        self._next = 0
