@@ -22,7 +22,8 @@ def init_framework(
 
 def shutdown() -> None:
     """End: finish what is pending and free what was allocated. All ranks call it."""
-    process_sets.forget_all()
+    if is_initialized():
+        process_sets.forget_all(current())
     state.shutdown()
 
 

@@ -47,6 +47,21 @@ class Handle:
         return self._result
 
 
+class HandleGroup:
+    """Several collectives under way as one; its result is the list of theirs."""
+
+    def __init__(self, handles: Sequence[Work]):
+        self._handles = handles
+
+    def done(self) -> bool:
+        """Tell whether ``wait`` would return at once."""
+        return all(handle.done() for handle in self._handles)
+
+    def wait(self) -> list[Any]:
+        """Block until all are complete."""
+        return [handle.wait() for handle in self._handles]
+
+
 def poll(handle: Handle) -> bool:
     """Tell whether an asynchronous collective is complete."""
     return handle.done()

@@ -164,7 +164,7 @@ class Group:
         if call.what == "allreduce":
             zeros = _zeros(rows, call.dtype)
             self.comm.allreduce(zeros, Op(call.op), call.scale)
-        elif call.what == "reduce":
+        elif call.what == "reduce" and call.name in self._reducers:
             self._reducers[call.name].serve()
         elif call.what == "allgather":
             self.comm.allgather(np.zeros(rows, call.dtype))

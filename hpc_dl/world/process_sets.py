@@ -59,9 +59,6 @@ class ProcessSet:
 #: All ranks.
 global_process_set = ProcessSet()
 
-_registered: dict[int, ProcessSet] = {}
-_next_id = 1
-
 
 def start(world: World, wanted: Sequence[ProcessSet | Sequence[int]] | str | None) -> None:
     """Register the sets given to ``init``; ``"dynamic"`` is accepted, sets always are."""
@@ -80,23 +77,21 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
         OptionError: no such ranks, or a set of these ranks is registered already.
         MismatchError: the ranks do not agree on the set.
     """
-    global _next_id
     if not isinstance(process_set, ProcessSet):
         process_set = ProcessSet(process_set)
     world = current()
     ranks = process_set.ranks
     if not ranks or ranks[0] < 0 or ranks[-1] >= world.comm.size:
         raise OptionError(f"process set {ranks}: valid ranks are 0..{world.comm.size - 1}")
-    for known in [global_process_set, *_registered.values()]:
+    for known in [global_process_set, *world.process_sets.values()]:
         if ranks == (known.ranks or list(range(world.comm.size))):
             raise OptionError(f"a process set of these ranks is registered already: {known}")
     _agree_on(world, ranks)
     included = world.comm.rank in ranks
     part = world.comm.split(0 if included else None)
     process_set._group = Group(part) if part is not None else None
-    process_set.process_set_id = _next_id
-    _registered[_next_id] = process_set
-    _next_id += 1
+    process_set.process_set_id = world.next_set_id()
+    world.process_sets[process_set.process_set_id] = process_set
     return process_set
 
 
@@ -112,21 +107,21 @@ def _agree_on(world: World, ranks: Sequence[int]) -> None:
 def remove_process_set(process_set: ProcessSet) -> bool:
     """Forget a registered set; all ranks of the job call this. False if it was not registered."""
     number = process_set.process_set_id
-    if number is None or number not in _registered:
-        return False
     world = current()
+    if number is None or number not in world.process_sets:
+        return False
     world.comm.barrier()
-    del _registered[number]
+    del world.process_sets[number]
     if process_set._group is not None:
         process_set._group.comm.close()
     process_set._group, process_set.process_set_id = None, None
     return True
 
 
-def forget_all() -> None:
+def forget_all(world: World) -> None:
     """Drop every registered set, when the world ends."""
-    for process_set in list(_registered.values()):
+    for process_set in world.process_sets.values():
         if process_set._group is not None:
             process_set._group.comm.close()
         process_set._group, process_set.process_set_id = None, None
-    _registered.clear()
+    world.process_sets.clear()

@@ -5,14 +5,18 @@ import contextlib
 import logging
 import os
 import sys
+import threading
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from hpc_dl.comm import Choice, Communicator, SerialCommunicator, make
+from hpc_dl.comm import Choice, Communicator, SerialCommunicator, ThreadsCommunicator, make
 from hpc_dl.comm import abort as job_abort
 from hpc_dl.comm.base import BaseCommunicator
 from hpc_dl.errors import NotInitializedError, OptionError
 from hpc_dl.world.group import Group
+
+if TYPE_CHECKING:
+    from hpc_dl.world.process_sets import ProcessSet
 
 log = logging.getLogger("hpc_dl")
 
@@ -27,9 +31,27 @@ class World:
     def __init__(self, comm: Communicator, choice: Choice, framework: str | None):
         self.comm, self.choice, self.framework = comm, choice, framework
         self.group = Group(comm)
+        self.process_sets: dict[int, ProcessSet] = {}
+        self._sets_made = 0
+
+    def next_set_id(self) -> int:
+        """Return an id for a new process set; 0 is the set of all ranks."""
+        self._sets_made += 1
+        return self._sets_made
 
 
-_world: World | None = None
+class _Worlds(threading.local):
+    """The world of a thread that is a rank of its own (the communicator ``threads``)."""
+
+    world: World | None = None
+
+
+_process_world: World | None = None
+_thread_worlds = _Worlds()
+
+
+def _running() -> World | None:
+    return _thread_worlds.world or _process_world
 
 
 def current() -> World:
@@ -38,45 +60,48 @@ def current() -> World:
     Raises:
         NotInitializedError: ``init`` has not been called, or ``shutdown`` has.
     """
-    if _world is None:
+    world = _running()
+    if world is None:
         raise NotInitializedError(NOT_INITIALIZED)
-    return _world
+    return world
 
 
 def is_initialized() -> bool:
     """Tell whether ``init`` has been called and ``shutdown`` has not."""
-    return _world is not None
+    return _running() is not None
 
 
 def start(comm: Any, framework: str | None) -> World:
     """Start the world over ``comm``; see ``init``."""
-    global _world
-    if _world is not None:
-        return _world
+    global _process_world
+    if (running := _running()) is not None:
+        return running
     communicator, choice = _communicator(comm, framework)
     _show_log()
     _watch_for_stalls(communicator)
+    world = World(communicator, choice, framework)
+    if isinstance(communicator, ThreadsCommunicator):
+        _thread_worlds.world = world
+        return world
     if communicator.size > 1:
         job_abort.install()
-    _world = World(communicator, choice, framework)
+    _process_world = world
     if communicator.rank == 0:
         log.info("communicator %s, %d rank(s): %s", choice.spec, communicator.size, choice.reason)
-    return _world
+    return world
 
 
 def shutdown() -> None:
     """End the world: finish what is pending and free communicators. All ranks call it."""
-    global _world
-    if _world is not None:
-        world, _world = _world, None
-        world.comm.close()
-
-
-def use(comm: Communicator, framework: str | None = None) -> World:
-    """Start a world over a communicator that is already there, for one process of tests."""
-    global _world
-    _world = World(comm, Choice(comm.name, "given"), framework)
-    return _world
+    global _process_world
+    world = _running()
+    if world is None:
+        return
+    if _thread_worlds.world is not None:
+        _thread_worlds.world = None
+    else:
+        _process_world = None
+    world.comm.close()
 
 
 def _communicator(comm: Any, framework: str | None) -> tuple[Communicator, Choice]:
@@ -141,5 +166,5 @@ def _seconds(variable: str, text: str) -> float:
 @atexit.register
 def _at_exit() -> None:
     """Let queued collectives end before MPI is finalised."""
-    if _world is not None and isinstance(_world.comm, BaseCommunicator):
-        _world.comm.quiesce()
+    if _process_world is not None and isinstance(_process_world.comm, BaseCommunicator):
+        _process_world.comm.quiesce()

@@ -1,0 +1,83 @@
+"""Casts of gradients for the wire, with Horovod's interface.
+
+A compressor is a class with ``compress(tensor) -> (tensor, context)`` and
+``decompress(tensor, context) -> tensor``. One that is a plain cast also says to which type,
+so that gradients can be cast straight into their fusion buckets.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+
+from hpc_dl.errors import OptionError
+
+
+class Compressor:
+    """The interface; subclass it for a compressor of your own."""
+
+    #: The type on the wire of floating-point tensors, if the compressor is a plain cast.
+    wire_dtype: ClassVar[torch.dtype | None] = None
+
+    @classmethod
+    def compress(cls, tensor: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Return what is sent, and what ``decompress`` needs to know."""
+        if cls.wire_dtype is None or not tensor.dtype.is_floating_point:
+            return tensor, tensor.dtype
+        return tensor.to(cls.wire_dtype), tensor.dtype
+
+    @classmethod
+    def decompress(cls, tensor: torch.Tensor, ctx: Any) -> torch.Tensor:
+        """Return the tensor in its own type."""
+        return tensor.to(ctx)
+
+
+class NoneCompressor(Compressor):
+    """Send gradients as they are."""
+
+
+class FP16Compressor(Compressor):
+    """Send float16: half the bytes, 11 bits of precision, up to 65504."""
+
+    wire_dtype = torch.float16
+
+
+class BF16Compressor(Compressor):
+    """Send bfloat16: half the bytes, 8 bits of precision, the range of float32."""
+
+    wire_dtype = torch.bfloat16
+
+
+class Compression:
+    """The compressors by name."""
+
+    none = NoneCompressor
+    fp16 = FP16Compressor
+    bf16 = BF16Compressor
+
+
+def resolve(compression: Any) -> Any:
+    """Accept a compressor or the name of one.
+
+    Raises:
+        OptionError: neither; the message lists the names.
+    """
+    if isinstance(compression, str):
+        found = {"none": NoneCompressor, "fp16": FP16Compressor, "bf16": BF16Compressor}
+        if compression not in found:
+            raise OptionError.unknown("compression", compression, found)
+        return found[compression]
+    if not (hasattr(compression, "compress") and hasattr(compression, "decompress")):
+        raise OptionError(
+            f"compression={compression!r}: give Compression.none, .fp16 or .bf16, or a class with "
+            "compress(tensor) and decompress(tensor, ctx)"
+        )
+    return compression
+
+
+def is_cast(compression: Any) -> bool:
+    """Tell whether a compressor does no more than cast to its ``wire_dtype``."""
+    return isinstance(compression, type) and compression in (
+        NoneCompressor,
+        FP16Compressor,
+        BF16Compressor,
+    )

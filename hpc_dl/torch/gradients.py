@@ -1,0 +1,269 @@
+"""Reduce a model's gradients in fusion buckets while backward runs.
+
+The buckets are planned in the first step, when it is known in which order gradients become
+ready and which of them are sparse; that first step is reduced after backward. From then on a
+hook moves each gradient into its bucket as soon as it is accumulated, and full buckets leave.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from hpc_dl.arrays import BFLOAT16, Parameter, plan, torch_view
+from hpc_dl.comm import Op
+from hpc_dl.errors import HpcDlError, OptionError
+from hpc_dl.reduce import Reducer, Traffic
+from hpc_dl.torch.sparse import allreduce_sparse
+from hpc_dl.world import Call, Group
+from hpc_dl.world.parameters import Described, check_parameters
+
+#: Bytes at which a bucket is closed: large enough to be fast, small enough to leave early.
+BUCKET_BYTES = 8 << 20
+
+
+class Options(NamedTuple):
+    """How gradients are reduced."""
+
+    op: Op
+    wire_dtype: torch.dtype | None
+    predivide: float
+    groups: tuple[tuple[str, ...], ...]
+    sparse_as_dense: bool
+
+
+class _Place(NamedTuple):
+    """Where a parameter's gradient lies: the bucket, and its view of it."""
+
+    bucket: int
+    view: torch.Tensor
+
+
+class GradientReduction:
+    """The gradients of one optimizer, over one group of ranks."""
+
+    def __init__(
+        self,
+        named: Sequence[tuple[str, torch.nn.Parameter]],
+        group: Group,
+        options: Options,
+        passes: int,
+    ):
+        """Compare the parameters over the ranks and hook their gradients.
+
+        Args:
+            named: the parameters that need gradients, in the same order on all ranks.
+            passes: backward passes of one step.
+
+        Raises:
+            MismatchError: on all ranks, if names, shapes or types differ.
+        """
+        self._group, self._options = group, options
+        self._named = list(named)
+        self._names = {p: name for name, p in self._named}
+        described = [Described(name, tuple(p.shape), str(p.dtype)) for name, p in self._named]
+        self._digest = check_parameters(group.comm, described)
+        self._call = Call("reduce", f"gradients.{self._digest}", op=options.op.value)
+        self.passes = passes
+        self._count = dict.fromkeys(self._names, 0)
+        self._order: list[str] = []
+        self._moved: set[torch.nn.Parameter] = set()
+        self._places: dict[torch.nn.Parameter, _Place] = {}
+        self._sparse: list[torch.nn.Parameter] = []
+        self._reducers: list[Reducer] = []
+        self._reducer_by_device: dict[torch.device, Reducer] = {}
+        self._sparse_bytes = 0
+        self._hooks = [p.register_post_accumulate_grad_hook(self._on_grad) for p in self._names]
+
+    # --- during backward ------------------------------------------------------------
+
+    def _on_grad(self, p: torch.Tensor) -> None:
+        assert isinstance(p, torch.nn.Parameter)
+        self._count[p] += 1
+        if self._count[p] > self.passes:
+            raise HpcDlError(
+                f"the gradient of {self._names[p]!r} was computed {self._count[p]} times since the "
+                f"last step(); backward_passes_per_step is {self.passes}. Call step() after each "
+                "backward(), or raise backward_passes_per_step"
+            )
+        if self._count[p] < self.passes:
+            return
+        if not self._reducers:
+            self._order.append(self._names[p])
+        elif p in self._places:
+            self._move(p)
+
+    def _move(self, p: torch.nn.Parameter) -> None:
+        """Move a gradient into its bucket; with no gradient the bucket gets zeros."""
+        place, grad = self._places[p], p.grad
+        view = place.view
+        if grad is None:
+            view.zero_()
+        elif grad.is_sparse:
+            view.copy_(grad.to_dense())
+        elif grad.data_ptr() != view.data_ptr():
+            view.copy_(grad)
+        if self._options.predivide != 1.0:
+            view.mul_(1.0 / self._options.predivide)
+        if view.dtype == p.dtype and not (grad is not None and grad.is_sparse):
+            p.grad = view
+        self._moved.add(p)
+        self._reducer_of(place).ready(place.bucket)
+
+    # --- at the end of backward -----------------------------------------------------
+
+    def in_flight(self) -> bool:
+        """Tell whether gradients wait for, or are in, a reduction."""
+        return any(count > 0 for count in self._count.values())
+
+    def finish(self) -> None:
+        """Reduce what has not been reduced, wait, and leave the results in the gradients."""
+        if not self._reducers:
+            self._plan()
+        for p in self._places:
+            if p not in self._moved:
+                self._move(p)
+        for reducer in self._reducers:
+            reducer.finish()
+        for p, place in self._places.items():
+            self._take_out(p, place.view)
+        for p in self._sparse:
+            self._finish_sparse(p)
+        self.rearm()
+
+    def _take_out(self, p: torch.nn.Parameter, view: torch.Tensor) -> None:
+        if p.grad is None:
+            p.grad = view.to(p.dtype)
+        elif p.grad.is_sparse:
+            p.grad = view.to(p.dtype).to_sparse()
+        elif p.grad.data_ptr() != view.data_ptr():
+            p.grad.copy_(view)
+
+    def _finish_sparse(self, p: torch.nn.Parameter) -> None:
+        name = self._names[p]
+        p.grad, sent = allreduce_sparse(p, p.grad, self._options.op, name, self._group)
+        self._sparse_bytes += sent
+
+    def rearm(self) -> None:
+        """Begin a new step."""
+        self._count = dict.fromkeys(self._count, 0)
+        self._moved.clear()
+
+    # --- the plan -------------------------------------------------------------------
+
+    def _plan(self) -> None:
+        """Agree on the buckets with all ranks, and move this step's gradients into them."""
+        names, by_name = [name for name, _ in self._named], dict(self._named)
+        sparse = [_is_sparse(by_name[n]) and not self._options.sparse_as_dense for n in names]
+        seen = {name: number for number, name in enumerate(self._order)}
+        order = [seen.get(name, len(names)) for name in names]
+        self._group.agree(Call("plan", self._digest))
+        table = self._group.comm.exchange(np.array([*sparse, *order], np.int64))
+        is_sparse = np.atleast_1d(table[:, : len(names)].any(axis=0))
+        rank_order = np.argsort(table[0, len(names) :], kind="stable")
+        self._sparse = [by_name[names[i]] for i in range(len(names)) if is_sparse[i]]
+        dense = [names[i] for i in rank_order if not is_sparse[i]]
+        devices = dict.fromkeys(by_name[name].device for name in dense)
+        for number, device in enumerate(devices):
+            members = [name for name in dense if by_name[name].device == device]
+            self._add_reducer(number, device, [(name, by_name[name]) for name in members])
+
+    def _add_reducer(
+        self, number: int, device: torch.device, named: list[tuple[str, torch.nn.Parameter]]
+    ) -> None:
+        options = self._options
+        parameters = [Parameter(name, tuple(p.shape), self._wire(p)) for name, p in named]
+        layout = plan(parameters, BUCKET_BYTES, options.groups)
+        buffers = None
+        if device.type != "cpu":
+            buffers = [
+                torch.zeros(b.size, dtype=_torch_dtype(b.dtype), device=device)
+                for b in layout.buckets
+            ]
+        call = self._call._replace(name=f"{self._call.name}.{number}")
+        reducer = Reducer(
+            self._group.comm,
+            layout,
+            options.op,
+            options.predivide,
+            buffers,
+            agree=lambda: self._group.agree(call),
+        )
+        self._group.register(call.name, reducer)
+        self._reducers.append(reducer)
+        views, place = reducer.views(), layout.place()
+        for name, p in named:
+            flat = views[name] if buffers is not None else torch_view(views[name])
+            self._places[p] = _Place(place[name][0], flat.view(p.shape))
+        self._reducer_by_device[device] = reducer
+
+    def _wire(self, p: torch.nn.Parameter) -> np.dtype[np.generic]:
+        wire = self._options.wire_dtype if p.dtype.is_floating_point else None
+        return _numpy_dtype(wire or p.dtype)
+
+    def _reducer_of(self, place: _Place) -> Reducer:
+        return self._reducer_by_device[place.view.device]
+
+    # --- the record -----------------------------------------------------------------
+
+    def traffic(self) -> Traffic:
+        """Return steps, bytes sent and seconds waited so far."""
+        parts = [reducer.traffic() for reducer in self._reducers] or [Traffic(0, 0, 0.0)]
+        return Traffic(
+            max(part.steps for part in parts),
+            sum(part.bytes_sent for part in parts) + self._sparse_bytes,
+            sum(part.wait_seconds for part in parts),
+        )
+
+    def close(self) -> None:
+        """Unhook the gradients."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _is_sparse(p: torch.nn.Parameter) -> bool:
+    return p.grad is not None and p.grad.is_sparse
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
+    if dtype is torch.bfloat16:
+        return BFLOAT16
+    return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
+    found: torch.dtype = torch_view(np.empty(0, dtype)).dtype
+    return found
+
+
+def check_groups(
+    groups: Any, named: Sequence[tuple[str, torch.nn.Parameter]]
+) -> tuple[tuple[str, ...], ...]:
+    """Resolve the option ``groups``: a number of groups, or lists of parameters.
+
+    Raises:
+        OptionError: neither, or a parameter that is unknown or in two groups.
+    """
+    if groups is None or groups == 0:
+        return ()
+    names = {p: name for name, p in named}
+    if isinstance(groups, int) and groups > 0:
+        parts = np.array_split(np.arange(len(named)), min(groups, len(named)))
+        return tuple(tuple(named[i][0] for i in part) for part in parts)
+    if not isinstance(groups, list | tuple):
+        raise OptionError(
+            f"groups={groups!r}: give a number of groups, 0 or more, or a list of lists of tensors"
+        )
+    resolved: list[tuple[str, ...]] = []
+    seen: set[str] = set()
+    for members in groups:
+        if not all(isinstance(p, torch.Tensor) for p in members):
+            raise OptionError("groups: every inner list must consist of torch tensors")
+        chosen = tuple(names[p] for p in members if p in names)
+        twice = [name for name in chosen if name in seen or chosen.count(name) > 1]
+        if twice:
+            raise OptionError(f"groups: {twice[0]!r} is in two groups; a parameter goes in one")
+        seen.update(chosen)
+        resolved.append(chosen)
+    return tuple(resolved)

@@ -1,0 +1,269 @@
+"""Wrap an optimizer so that each step uses gradients combined over the ranks."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from hpc_dl.arrays import host_view
+from hpc_dl.comm import Op
+from hpc_dl.errors import HpcDlError, OptionError
+from hpc_dl.reduce import ReplicaGuard, Traffic
+from hpc_dl.torch.adasum import AdasumReduction
+from hpc_dl.torch.compression import Compression, is_cast, resolve
+from hpc_dl.torch.gradients import GradientReduction, Options, check_groups
+from hpc_dl.torch.unfused import UnfusedReduction
+from hpc_dl.world import ProcessSet, current, global_process_set
+from hpc_dl.world.collectives import resolve_op
+
+log = logging.getLogger("hpc_dl")
+
+Named = list[tuple[str, torch.nn.Parameter]]
+Reduction = GradientReduction | UnfusedReduction | AdasumReduction
+
+
+class _Distributed(torch.optim.Optimizer):
+    """What a wrapped optimizer does differently; mixed into its class."""
+
+    _reduction: Reduction | None
+    _guard: ReplicaGuard
+    _named: Named
+    _remake: Callable[[Named], Reduction | None]
+    _wait_in_step: bool
+    _synchronized: bool
+
+    def synchronize(self) -> None:
+        """Reduce all gradients now, so that they can be clipped or inspected before ``step``."""
+        if self._reduction is not None:
+            self._reduction.finish()
+        self._synchronized = True
+
+    @contextmanager
+    def skip_synchronize(self) -> Iterator[None]:
+        """Keep ``step`` from reducing again after ``synchronize``."""
+        self._wait_in_step = False
+        try:
+            yield
+        finally:
+            self._wait_in_step = True
+
+    def step(self, closure: Any = None) -> Any:
+        """Reduce the gradients, then take the optimizer's own step.
+
+        Args:
+            closure: recomputes the loss; its gradients are reduced each time it is called.
+        """
+        if closure is not None:
+            result = self._own_step(self._reducing(closure))
+        else:
+            if self._wait_in_step:
+                self._reduce_in_step()
+            result = self._own_step(None)
+        self._synchronized = False
+        self._guard.after_step()
+        return result
+
+    def _reduce_in_step(self) -> None:
+        if self._synchronized:
+            warnings.warn(
+                "step() reduces gradients that synchronize() has reduced already; write "
+                "`with optimizer.skip_synchronize(): optimizer.step()`",
+                stacklevel=3,
+            )
+        self.synchronize()
+
+    def _own_step(self, closure: Any) -> Any:
+        if isinstance(self._reduction, AdasumReduction):
+            return self._reduction.step(lambda: super(_Distributed, self).step(closure))
+        return super().step(closure)
+
+    def _reducing(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        def reduced() -> Any:
+            with torch.enable_grad():
+                loss = closure()
+            self.synchronize()
+            return loss
+
+        return reduced
+
+    def zero_grad(self, *args: Any, **kwargs: Any) -> None:
+        """Clear the gradients.
+
+        Raises:
+            HpcDlError: they are being reduced.
+        """
+        if self._reduction is not None and self._reduction.in_flight():
+            raise HpcDlError(
+                "zero_grad() was called between backward() and step(), while gradients are being "
+                "reduced; call step() or synchronize() first"
+            )
+        super().zero_grad(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load the optimizer's own state; a step under way is forgotten."""
+        if self._reduction is not None:
+            self._reduction.rearm()
+        self._synchronized = False
+        super().load_state_dict(*args, **kwargs)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters; all ranks add the same ones. Their names are made up."""
+        super().add_param_group(param_group)
+        if "_named" in self.__dict__:
+            number = len(self.param_groups) - 1
+            added = [
+                (f"group{number}.{i}", p)
+                for i, p in enumerate(self.param_groups[-1]["params"])
+                if p.requires_grad
+            ]
+            self._named = [*self._named, *added]
+            if self._reduction is not None:
+                self._reduction.close()
+            self._reduction = self._remake(self._named)
+
+    def set_backward_passes_per_step(self, passes: int) -> None:
+        """Change the number of backward passes of a step."""
+        _check_passes(passes)
+        if self._reduction is not None:
+            self._reduction.passes = passes
+
+    def traffic(self) -> Traffic:
+        """Return the steps, the bytes this rank sent, and the seconds it waited so far."""
+        return Traffic(0, 0, 0.0) if self._reduction is None else self._reduction.traffic()
+
+
+def DistributedOptimizer(  # noqa: N802  (Horovod's name)
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]] | None = None,
+    compression: Any = Compression.none,
+    backward_passes_per_step: int = 1,
+    op: Op = Op.AVERAGE,
+    gradient_predivide_factor: float = 1.0,
+    num_groups: int = 0,
+    groups: Any = None,
+    sparse_as_dense: bool = False,
+    process_set: ProcessSet = global_process_set,
+    guard: bool = True,
+) -> Any:
+    """Wrap an optimizer so that it steps with gradients combined over the ranks.
+
+    Gradients leave in fusion buckets while ``backward`` runs; ``step`` waits for them. The
+    wrapped optimizer shares parameters, options and state with the one given, and is an
+    instance of its class, so learning-rate schedulers work on it.
+
+    Args:
+        optimizer: any torch optimizer.
+        named_parameters: ``model.named_parameters()``; by default names are made up.
+        compression: Compression.none, .fp16 or .bf16 (also by name), or a class with
+            ``compress`` and ``decompress``.
+        backward_passes_per_step: gradients of so many passes are added up before they are
+            reduced, once.
+        op: Average, Sum, Min, Max, Product; Adasum over Horovod combines the steps.
+        gradient_predivide_factor: with Average, divide by this before the sum and by the
+            rest after it.
+        num_groups: Horovod's older name of ``groups``.
+        groups: a number of groups, or lists of parameters that travel together.
+        sparse_as_dense: reduce sparse gradients as dense ones instead of gathering rows.
+        process_set: reduce over these ranks only.
+        guard: compare the parameters of the ranks after the first steps and now and then.
+
+    Raises:
+        OptionError: a bad option, duplicate names, or parameters without a name.
+        MismatchError: on all ranks, if they have different parameters.
+
+    >>> import hpc_dl.torch as hvd
+    >>> hvd.init()
+    >>> model = torch.nn.Linear(2, 1)
+    >>> optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    """
+    _check_passes(backward_passes_per_step)
+    op = resolve_op(op, None)
+    if gradient_predivide_factor != 1.0 and op is not Op.AVERAGE:
+        raise OptionError(
+            f"gradient_predivide_factor={gradient_predivide_factor} goes with op=Average only; "
+            f"got op={op.value}"
+        )
+    if gradient_predivide_factor <= 0:
+        raise OptionError(
+            f"gradient_predivide_factor={gradient_predivide_factor}; give a number > 0"
+        )
+    if num_groups:
+        warnings.warn("num_groups is now called groups", DeprecationWarning, stacklevel=2)
+        groups = num_groups if groups is None else groups
+    named = _check_names(optimizer, named_parameters)
+    compressor = resolve(compression)
+
+    def reduction(named: Named) -> Reduction | None:
+        if not process_set.included() or current().comm.size == 1:
+            return None
+        group = process_set.group()
+        if op is Op.ADASUM:
+            return AdasumReduction(named, group, compressor, backward_passes_per_step)
+        if not is_cast(compressor):
+            return UnfusedReduction(named, group, compressor, op, backward_passes_per_step)
+        options = Options(
+            op,
+            compressor.wire_dtype,
+            gradient_predivide_factor,
+            check_groups(groups, named),
+            sparse_as_dense,
+        )
+        return GradientReduction(named, group, options, backward_passes_per_step)
+
+    kind = type(optimizer)
+    wrapped: Any = object.__new__(type(kind.__name__, (_Distributed, kind), {}))
+    # A scheduler made before has replaced `step` on the instance; ours must not be hidden.
+    wrapped.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
+    wrapped._named, wrapped._remake = named, reduction
+    wrapped._wait_in_step, wrapped._synchronized = True, False
+    wrapped._reduction = reduction(named)
+    included = process_set.included()
+    comm = process_set.group().comm if included else current().comm
+    wrapped._guard = ReplicaGuard(
+        comm,
+        lambda: ((name, host_view(p.detach().cpu())) for name, p in wrapped._named),
+        enabled=guard and included,
+    )
+    return wrapped
+
+
+def _check_passes(passes: int) -> None:
+    if passes < 1:
+        raise OptionError(f"backward_passes_per_step={passes}; give 1 or more")
+
+
+def _check_names(
+    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]] | None
+) -> Named:
+    """Return the optimizer's parameters that need gradients, with their names."""
+    own = [
+        (f"allreduce.noname.{i}.{j}", p)
+        for i, group in enumerate(optimizer.param_groups)
+        for j, p in enumerate(group["params"])
+    ]
+    if named is not None:
+        entries = list(named)
+        if any(not isinstance(entry, tuple) for entry in entries):
+            raise OptionError(
+                "named_parameters must be tuples (name, parameter), as model.named_parameters() "
+                f"makes them; got {type(entries[0]).__name__}"
+            )
+        names = [name for name, _ in entries]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise OptionError(
+                f"named_parameters has duplicate names: {', '.join(twice)}. Names must be unique; "
+                "with several models prefix them, for example f'encoder.{name}'"
+            )
+        name_of = {p: name for name, p in entries}
+        unnamed = [label for label, p in own if p not in name_of]
+        if unnamed:
+            raise OptionError(
+                f"named_parameters leaves out {len(unnamed)} of the optimizer's {len(own)} "
+                f"parameters (first: {unnamed[0]}); name all, or none"
+            )
+        own = [(name_of[p], p) for _, p in own]
+    return [(name, p) for name, p in own if p.requires_grad]
