@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hpc_dl.comm import Op
-from hpc_dl.torch.autograd import Allreduce
+from hpc_dl.torch.autograd import Allreduce, apply
 from hpc_dl.torch.compression import Compression, resolve
 from hpc_dl.torch.memory import fresh_copy, memory_of
 from hpc_dl.world import Handle, ProcessSet, global_process_set
@@ -80,7 +80,7 @@ def allreduce(
     compressor = resolve(compression)
     sent, context = compressor.compress(tensor)
     scale = prescale_factor * postscale_factor
-    reduced = Allreduce.apply(sent, resolve_op(op, average), scale, name, process_set)
+    reduced = apply(Allreduce, sent, resolve_op(op, average), scale, name, process_set)
     result: Tensor = compressor.decompress(reduced, context)
     return result
 

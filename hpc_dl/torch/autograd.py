@@ -107,3 +107,8 @@ class Reducescatter(torch.autograd.Function):
         """Gather the scaled gradients of all parts."""
         whole = shared.allgather_start(grads[0] * ctx.factor, None, ctx.group).wait()
         return whole, None, None, None, None
+
+
+def apply(function: Any, *args: Any) -> Any:
+    """Apply one of the functions above; torch's own ``apply`` has no types."""
+    return function.apply(*args)

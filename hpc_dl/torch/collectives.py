@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from hpc_dl.comm import Op
-from hpc_dl.torch.autograd import Allgather, Alltoall, Broadcast, Reducescatter
+from hpc_dl.torch.autograd import Allgather, Alltoall, Broadcast, Reducescatter, apply
 from hpc_dl.torch.compression import Compression, resolve
 from hpc_dl.torch.memory import fresh_copy, memory_of
 from hpc_dl.world import Handle, ProcessSet, global_process_set
@@ -27,7 +27,7 @@ def allgather(
     tensor: Tensor, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> Tensor:
     """Concatenate the ranks' tensors along dimension 0, which may differ; differentiable."""
-    result: Tensor = Allgather.apply(tensor, name, process_set)
+    result: Tensor = apply(Allgather, tensor, name, process_set)
     return result
 
 
@@ -102,7 +102,7 @@ def broadcast(
     process_set: ProcessSet = global_process_set,
 ) -> Tensor:
     """Return the tensor of rank ``root_rank``; differentiable."""
-    result: Tensor = Broadcast.apply(tensor, root_rank, name, process_set)
+    result: Tensor = apply(Broadcast, tensor, root_rank, name, process_set)
     return result
 
 
@@ -134,7 +134,7 @@ def alltoall(
         What came, concatenated by source rank; with ``splits`` also the int32 rows received
         from each rank.
     """
-    output, received = Alltoall.apply(tensor, splits, name, process_set)
+    output, received = apply(Alltoall, tensor, splits, name, process_set)
     return output if splits is None else (output, received)
 
 
@@ -166,7 +166,7 @@ def reducescatter(
     compressor = resolve(compression)
     sent, context = compressor.compress(tensor)
     scale = prescale_factor * postscale_factor
-    reduced = Reducescatter.apply(sent, resolve_op(op, None), scale, name, process_set)
+    reduced = apply(Reducescatter, sent, resolve_op(op, None), scale, name, process_set)
     result: Tensor = compressor.decompress(reduced, context)
     return result
 
