@@ -44,10 +44,11 @@ class Allgather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, name: Any, group: ProcessSet) -> Any:
         """Gather, and remember which rows are this rank's."""
+        gathered = shared.allgather_start(tensor.detach(), name, group).wait()
         rows = shared.allgather_start(torch.tensor([tensor.shape[0]]), None, group).wait()
         before = int(rows[: group.rank()].sum())
         ctx.part, ctx.group = (before, int(tensor.shape[0])), group
-        return shared.allgather_start(tensor.detach(), name, group).wait()
+        return gathered
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

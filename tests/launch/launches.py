@@ -1,0 +1,44 @@
+"""Start launches as a user does, and look at what is left of them."""
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+#: Seconds for any one launch of these tests, far above what it takes.
+PATIENCE = 60.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+Launch = Callable[..., Outcome]
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "hpc_dl.cli", "launch", *map(str, arguments)]
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process runs (one that has ended and waits to be collected does not)."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"
+
+
+def wait_until(holds: Callable[[], bool], seconds: float) -> bool:
+    """Wait until a condition holds; tell whether it did in time."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if holds():
+            return True
+        time.sleep(0.05)
+    return holds()
