@@ -5,8 +5,10 @@
     ├── NotInitializedError (RuntimeError) a collective before init()
     ├── MissingComponentError (ImportError) a library, tool or build that is not there
     ├── UnsupportedError (TypeError)      a request this communicator or type cannot serve
+    │   └── RanksJoinedError              ... because some ranks are out of batches
     ├── MismatchError                     ranks called different things
     ├── ReplicaDivergenceError            replicas hold different parameters
+    ├── DataError (ValueError)            a data file that is missing, damaged or does not fit
     ├── LaunchError                       a job could not be started, or ended badly
     └── BuildError                        Horovod could not be built
 
@@ -42,12 +44,20 @@ class UnsupportedError(HpcDlError, TypeError):
     """The communicator or the type of the data cannot serve this request."""
 
 
+class RanksJoinedError(UnsupportedError):
+    """A collective that needs all ranks after some have called ``join``."""
+
+
 class MismatchError(HpcDlError):
     """Ranks called different collectives, or one with different names or shapes."""
 
 
 class ReplicaDivergenceError(HpcDlError):
     """Replicas that must be equal hold different parameters."""
+
+
+class DataError(HpcDlError, ValueError):
+    """A data file is missing, damaged or does not fit the others."""
 
 
 class LaunchError(HpcDlError):

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_dl.arrays import is_device_tensor
-from hpc_dl.comm.protocol import Array, Communicator, Op, Work
+from hpc_dl.comm.numbers import check_number_type
+from hpc_dl.comm.protocol import ANY, Array, Communicator, Op, Work
 from hpc_dl.comm.queue import CommQueue
 from hpc_dl.comm.stall import Watch
 from hpc_dl.errors import OptionError, UnsupportedError
@@ -36,7 +37,7 @@ class BaseCommunicator(ABC):
         self.cross_rank, self.cross_size = 0, 1
         self.homogeneous = True
         self._queue = CommQueue(f"hpc_dl.{self.name}", threaded)
-        self.watch = Watch(self.name, rank)
+        self.watch = Watch(self.name, rank, size)
 
     # --- what a subclass provides -------------------------------------------------
 
@@ -109,7 +110,7 @@ class BaseCommunicator(ABC):
         return self._queue.submit(run)
 
     def _allreduce_call(self, x: Array, op: Op, scale: float) -> Callable[[], None]:
-        op, scale = self._resolve(x, Op(op), scale)
+        op, scale = self._resolve(x, Op(op), scale, "allreduce")
         if is_device_tensor(x):
             return self._watched("allreduce", x, lambda: self._allreduce_device(x, op, scale))
         flat = self._flat(x, "allreduce")
@@ -169,6 +170,13 @@ class BaseCommunicator(ABC):
                 f"{self.size} ranks (an empty array where there is nothing to send)"
             )
         ready = [self._readable(part, "alltoall") for part in parts]
+        kinds = [f"({', '.join(map(str, ('any', *p.shape[1:])))}) {p.dtype}" for p in ready]
+        if len(set(kinds)) > 1 or min(part.ndim for part in ready) == 0:
+            raise UnsupportedError(
+                "alltoall sends rows: parts have one dimension or more, may differ in dimension 0, "
+                f"and are alike otherwise; got shapes {[part.shape for part in ready]} of types "
+                f"{', '.join(dict.fromkeys(str(part.dtype) for part in ready))}"
+            )
         return self._watched("alltoall", ready[0], lambda: self._alltoall(ready))
 
     def reduce_scatter(self, x: Array, op: Op = Op.SUM, scale: float = 1.0) -> Array:
@@ -185,7 +193,9 @@ class BaseCommunicator(ABC):
         return self._queue.submit(self._reduce_scatter_call(x, op, scale))
 
     def _reduce_scatter_call(self, x: Array, op: Op, scale: float) -> Callable[[], Array]:
-        op, scale = self._resolve(x, Op(op), scale)
+        if Op(op) is Op.ADASUM:
+            raise UnsupportedError("reduce_scatter has no Adasum; use allreduce(op=Adasum)")
+        op, scale = self._resolve(x, Op(op), scale, "reduce_scatter")
         x = self._readable(x, "reduce_scatter")
         if x.ndim == 0:
             raise UnsupportedError("reduce_scatter needs at least one dimension; got a scalar")
@@ -237,20 +247,24 @@ class BaseCommunicator(ABC):
     def quiesce(self) -> None:
         """Wait for what was started on the communication thread, and end that thread."""
         self._queue.close()
+        self.watch.close()
 
     def close(self) -> None:
         """Finish what is pending and free what was allocated. All ranks call it."""
-        self._queue.close()
-        self.watch.close()
+        self.quiesce()
 
     # --- checks -------------------------------------------------------------------
 
-    def _resolve(self, x: Array, op: Op, scale: float) -> tuple[Op, float]:
+    def _resolve(self, x: Array, op: Op, scale: float, what: str) -> tuple[Op, float]:
+        """Check op and scale against the type of ``x``; turn AVERAGE into a scaled SUM."""
         if op is Op.ADASUM and not self.has_adasum and self.size > 1:
             raise UnsupportedError(NO_ADASUM.format(name=self.name))
-        real = is_device_tensor(x) or not (
-            np.issubdtype(x.dtype, np.integer) or x.dtype == np.bool_
-        )
+        if is_device_tensor(x):
+            dtype: Any = x.dtype
+            real = bool(dtype.is_floating_point or dtype.is_complex)
+        else:
+            self._check_array(x, what)
+            real = check_number_type(x.dtype, op)
         if op is Op.AVERAGE:
             if not real:
                 raise UnsupportedError(
@@ -265,7 +279,20 @@ class BaseCommunicator(ABC):
             )
         return op, scale
 
+    def _check_array(self, x: Array, what: str) -> None:
+        if not isinstance(x, np.ndarray):
+            raise UnsupportedError(
+                f"{what} over {self.name!r} takes NumPy arrays; got {type(x).__name__}. "
+                "hpc_dl.arrays.host_view gives the array of a torch or TensorFlow tensor"
+            )
+        if x.dtype.hasobject:
+            raise UnsupportedError(
+                f"{what} moves the bytes of an array, and one of type object holds addresses; use "
+                "hpc_dl.torch.allgather_object or broadcast_object"
+            )
+
     def _flat(self, x: Array, what: str) -> Array:
+        self._check_array(x, what)
         if not x.flags.c_contiguous:
             raise UnsupportedError(
                 f"{what} works in place and needs a contiguous array; got strides {x.strides} "
@@ -278,6 +305,7 @@ class BaseCommunicator(ABC):
     def _readable(self, x: Array, what: str) -> Array:
         if is_device_tensor(x):
             raise UnsupportedError(self._no_device(x, what))
+        self._check_array(x, what)
         return x if x.flags.c_contiguous else np.ascontiguousarray(x)
 
     def _no_device(self, x: Any, what: str = "this collective") -> str:
@@ -291,9 +319,23 @@ class BaseCommunicator(ABC):
         if not 0 <= rank < self.size:
             raise OptionError(f"{what} {rank} is no rank of this group; valid: 0..{self.size - 1}")
 
+    def _check_address(self, rank: int, what: str, tag: int) -> None:
+        wild = what == "source"
+        if not (wild and rank == ANY):
+            self._check_rank(rank, what)
+        if tag < 0 and not (wild and tag == ANY):
+            raise OptionError(f"tag {tag} of a message; valid: 0 or more")
+
+    def _check_color(self, color: int | None) -> None:
+        if color is not None and color < 0:
+            raise OptionError(f"split: color {color}; valid: 0 or more, or None to stay outside")
+
     def _watched(self, what: str, x: Array, call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
-            with self.watch.over(what, x):
+            self.watch.begin(what, x)
+            try:
                 return call()
+            finally:
+                self.watch.end()
 
         return run

@@ -14,7 +14,7 @@ from hpc_dl.comm.base import BaseCommunicator
 from hpc_dl.comm.choose import installed_horovod
 from hpc_dl.comm.kernels import combine
 from hpc_dl.comm.protocol import Array, Op, Work
-from hpc_dl.errors import MismatchError, MissingComponentError, UnsupportedError
+from hpc_dl.errors import MismatchError, MissingComponentError, RanksJoinedError, UnsupportedError
 
 BUILD = "build it with `hpc-dl horovod build`"
 
@@ -58,14 +58,27 @@ class HorovodCommunicator(BaseCommunicator):
             self.cross_rank, self.cross_size = self.hvd.cross_rank(), self.hvd.cross_size()
         # Starts from the caller's thread and those from the queue are counted apart, so
         # that the names are the same on all ranks whatever the threads do.
-        self._started, self._queued, self._splits = 0, 0, 0
+        self._started, self._queued, self._splits, self._joins = 0, 0, 0, 0
         if self._whole:
             sizes = self._exchange(np.array([self.local_size], np.int64))
             self.homogeneous = bool(sizes.min() == sizes.max())
 
+    @property
+    def process_set(self) -> Any:
+        """Horovod's process set of these ranks, for callers of Horovod's own operations."""
+        return self._group
+
     def _name(self, what: str) -> str:
         self._queued += 1
         return f"hpc_dl.{self._label}.{what}.{self._queued}"
+
+    def _resolve(self, x: Any, op: Op, scale: float, what: str) -> tuple[Op, float]:
+        if op is Op.ADASUM and (not self._whole or self.size & (self.size - 1)):
+            raise UnsupportedError(
+                "Horovod's Adasum needs all ranks of the job and a power of two of them; got "
+                f"{self.size} of {self.hvd.size()} ranks. Use op=Average"
+            )
+        return super()._resolve(x, op, scale, what)
 
     def _allreduce(self, flat: Array, op: Op, scale: float) -> None:
         if flat.size == 0:
@@ -96,7 +109,7 @@ class HorovodCommunicator(BaseCommunicator):
         self, x: Array, op: Op = Op.SUM, scale: float = 1.0, name: str | None = None
     ) -> Work:
         """Start ``allreduce`` in Horovod's own background thread."""
-        resolved, factor = self._resolve(x, Op(op), scale)
+        resolved, factor = self._resolve(x, Op(op), scale, "allreduce")
         native = is_device_tensor(x) or x.dtype.name in self._binding.reducible
         if not native or np.prod(x.shape) == 0:
             return super().allreduce_async(x, op, scale)
@@ -131,7 +144,7 @@ class HorovodCommunicator(BaseCommunicator):
         if row_bytes == 0 or rows.sum() == 0:
             return [np.empty((int(n), *shape), x.dtype) for n in rows]
         sent = x.reshape(-1).view(np.uint8).reshape(-1, row_bytes)
-        everyone = self._binding.allgather(sent, self._name("allgather"), self._group)
+        everyone = self._gather(sent, "allgather")
         whole = np.ascontiguousarray(everyone).reshape(-1).view(x.dtype).reshape(-1, *shape)
         arrays = np.split(whole, np.cumsum(rows)[:-1])
         return [array.reshape(()) for array in arrays] if x.ndim == 0 else arrays
@@ -151,20 +164,24 @@ class HorovodCommunicator(BaseCommunicator):
 
     def _exchange(self, row: Array) -> Array:
         sent = row.view(np.uint8).reshape(1, -1)
-        rows = self._binding.allgather(sent, self._name("exchange"), self._group)
-        if len(rows) != self.size:
-            raise UnsupportedError(
-                f"{self.size - len(rows)} rank(s) have joined; over Horovod only all-reduce "
-                "goes on after join(). Use the communicator 'mpi', which also serves gathers"
-            )
+        rows = self._gather(sent, "exchange")
         return np.ascontiguousarray(rows).reshape(-1).view(row.dtype).reshape(self.size, -1)
+
+    def _gather(self, sent: Array, what: str) -> Array:
+        try:
+            return self._binding.allgather(sent, self._name(what), self._group)
+        except Exception as error:
+            if "not supported with Join" in str(error):
+                raise RanksJoinedError(
+                    "a rank has joined; over Horovod only all-reduce goes on after join(). Use "
+                    "the communicator 'mpi', which also serves gathers"
+                ) from error
+            raise
 
     def _barrier(self) -> None:
         self._exchange(np.zeros(1, np.uint8))
 
     def _reduce_parts(self, parts: list[Array], op: Op, scale: float) -> Array:
-        if op is Op.ADASUM:
-            raise UnsupportedError("reduce_scatter has no Adasum; use allreduce(op=Adasum)")
         return combine(parts, op, scale)
 
     def _finish(self, handle: Any) -> None:
@@ -178,7 +195,14 @@ class HorovodCommunicator(BaseCommunicator):
 
     def join(self) -> int:
         """Serve the others' all-reduces with zeros until all ranks have joined."""
-        return int(self.hvd.join())
+        last = int(self.hvd.join())
+        # Ranks have made different numbers of calls, and the numbers are in the names.
+        self._joins += 1
+        counts = np.array([[self._started, self._queued]], np.int64).view(np.uint8)
+        name = f"hpc_dl.{self._label}.joined.{self._joins}"
+        table = self._binding.allgather(counts, name, self._group).view(np.int64)
+        self._started, self._queued = (int(n) for n in table.max(axis=0))
+        return last
 
     def split(self, color: int | None, key: int = 0) -> "HorovodCommunicator | None":
         """Form process sets of the ranks that give the same color, in the order of ranks.

@@ -2,6 +2,9 @@
 
 The sum is always taken in rank order and every rank gets the same bytes, so replicas stay
 equal bit for bit. 16-bit floats are summed in float32 and rounded once.
+
+Large float sums are taken in one compiled pass where numba is installed (``fused``); the
+NumPy code here gives the same bits.
 """
 
 import sys
@@ -11,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from hpc_dl.arrays import HALF_TYPES, host_view, torch_view
+from hpc_dl.comm import fused
 from hpc_dl.comm.protocol import Array, Op
 
 #: Bytes of each buffer that are worked on at a time; with a few ranks this stays in the
@@ -25,13 +29,17 @@ _UFUNCS: dict[Op, Callable[..., Any]] = {
 }
 
 
-def _total_exact(chunks: Sequence[Array], op: Op, scale: float) -> Array:
-    total, ufunc = chunks[0], _UFUNCS[op]
-    for chunk in chunks[1:]:
-        ufunc(total, chunk, out=total)
-    if scale != 1.0:
-        np.multiply(total, total.dtype.type(scale), out=total)
-    return total
+def _combine_exact(
+    sources: Sequence[Array], targets: Sequence[Array], op: Op, scale: float, scratch: Array
+) -> None:
+    ufunc, total = _UFUNCS[op], sources[0]
+    for source in sources[1:]:
+        total = ufunc(total, source, out=scratch[: len(source)])
+    for target in targets:
+        if scale != 1.0:
+            np.multiply(total, total.dtype.type(scale), out=target)
+        elif target.ctypes.data != total.ctypes.data:
+            np.copyto(target, total)
 
 
 def _total_half(chunks: Sequence[Array], op: Op, scale: float) -> Array:
@@ -52,8 +60,17 @@ def _total_half_torch(chunks: Sequence[Array], op: Op, scale: float) -> Array:
     for tensor in tensors[1:]:
         function(total, tensor.float(), out=total)
     if scale != 1.0:
-        total.mul_(scale)
+        total.mul_(float(np.float32(scale)))
     return host_view(total.to(tensors[0].dtype))
+
+
+def _combine_half(
+    sources: Sequence[Array], targets: Sequence[Array], op: Op, scale: float, scratch: Array
+) -> None:
+    total_of = _total_half_torch if "torch" in sys.modules else _total_half
+    total = total_of(sources, op, scale)
+    for target in targets:
+        np.copyto(target, total)
 
 
 def reduce_in_place(
@@ -67,33 +84,41 @@ def reduce_in_place(
     """Combine elements ``lo:hi`` over all buffers and write them to every buffer.
 
     Args:
-        buffers: 1-D, one for each rank in rank order, of one type and length. The first
-            may be overwritten in any case.
+        buffers: 1-D, one for each rank in rank order, of one type and length.
         op: SUM, MIN, MAX or PRODUCT.
         scale: a factor on the result.
         out: the buffers that get the result, instead of all.
     """
-    dtype = buffers[0].dtype
-    total_of: Callable[[Sequence[Array], Op, float], Array] = _total_exact
-    if dtype in HALF_TYPES:
-        total_of = _total_half_torch if "torch" in sys.modules else _total_half
-    step = CHUNK_BYTES // dtype.itemsize
-    targets = buffers if out is None else out
-    for start in range(lo, hi, step):
-        stop = min(start + step, hi)
-        total = total_of([buffer[start:stop] for buffer in buffers], op, scale)
-        for target in targets:
-            chunk = target[start:stop]
-            if chunk.ctypes.data != total.ctypes.data:
-                np.copyto(chunk, total)
+    if hi <= lo:
+        return
+    dtype, targets = buffers[0].dtype, buffers if out is None else out
+    if op is Op.SUM and fused.sum_into(buffers, targets, lo, hi, scale):
+        return
+    half = dtype in HALF_TYPES
+    combine_chunk = _combine_half if half else _combine_exact
+    step = min(CHUNK_BYTES // dtype.itemsize, hi - lo)
+    scratch = np.empty(0 if half else step, dtype)
+    # What overflows is infinite on every rank alike; a warning, raised as an error on one,
+    # would leave the others waiting.
+    with np.errstate(all="ignore"):
+        for start in range(lo, hi, step):
+            stop = min(start + step, hi)
+            chunks = [buffer[start:stop] for buffer in buffers]
+            combine_chunk(chunks, [target[start:stop] for target in targets], op, scale, scratch)
 
 
 def combine(parts: Sequence[Array], op: Op, scale: float = 1.0) -> Array:
     """Combine arrays of one shape, in their order, into a new array."""
-    total = parts[0].copy()
-    flat = [total.reshape(-1), *(part.reshape(-1) for part in parts[1:])]
-    reduce_in_place(flat, 0, total.size, op, scale, out=flat[:1])
+    total = np.empty_like(parts[0])
+    flat = [part.reshape(-1) for part in parts]
+    reduce_in_place(flat, 0, total.size, op, scale, out=[total.reshape(-1)])
     return total
+
+
+def scale_in_place(flat: Array, scale: float) -> None:
+    """Multiply the 1-D ``flat`` by a factor, 16-bit floats in float32."""
+    if scale != 1.0:
+        reduce_in_place([flat], 0, len(flat), Op.SUM, scale)
 
 
 def share(length: int, rank: int, size: int, align: int = 1) -> tuple[int, int]:

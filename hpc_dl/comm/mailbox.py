@@ -1,4 +1,8 @@
-"""Messages between the ranks of one process, matched by source and tag as MPI matches them."""
+"""Messages between the ranks of one process, matched by source and tag as MPI matches them.
+
+A message goes to the receive that was started first of those that fit; a receive takes the
+message that came first of those that fit.
+"""
 
 import threading
 from typing import NamedTuple
@@ -10,6 +14,14 @@ from hpc_dl.comm.protocol import ANY, Status
 from hpc_dl.errors import HpcDlError, OptionError
 
 Bytes = NDArray[np.uint8]
+
+
+def too_long(room: int, source: int, tag: int) -> OptionError:
+    """Describe a message that is longer than the memory it was to be received in."""
+    return OptionError(
+        f"recv has room for {room} bytes, and the message from rank {source} with tag {tag} is "
+        "longer; it is lost. Ask iprobe() for the size before recv()"
+    )
 
 
 class _Message(NamedTuple):
@@ -24,73 +36,87 @@ class _Message(NamedTuple):
         return Status(self.source, self.tag, len(self.payload))
 
 
+class Receive:
+    """A receive under way."""
+
+    def __init__(self, mailbox: "Mailbox", room: Bytes, source: int, tag: int):
+        self.source, self.tag = source, tag
+        self._mailbox, self._room = mailbox, room
+        self._message: _Message | None = None
+
+    def deliver(self, message: _Message) -> None:
+        """Write a message to where it was wanted."""
+        self._message = message
+        size = len(message.payload)
+        if size <= len(self._room):
+            self._room[:size] = np.frombuffer(message.payload, np.uint8)
+
+    def done(self) -> bool:
+        """Tell whether ``wait`` would return at once."""
+        return self._message is not None
+
+    def wait(self) -> Status:
+        """Block until the message is there."""
+        self._mailbox.wait_for(self)
+        assert self._message is not None
+        status = self._message.status()
+        if status.nbytes > len(self._room):
+            raise too_long(len(self._room), status.source, status.tag)
+        return status
+
+
 class Mailbox:
-    """The messages that wait for one rank, in the order of their arrival."""
+    """The messages that wait for one rank, and its receives that wait for messages."""
 
     def __init__(self) -> None:
-        self._arrival = threading.Condition()
+        self._change = threading.Condition()
         self._messages: list[_Message] = []
+        self._receives: list[Receive] = []
         self._aborted = False
 
     def put(self, source: int, tag: int, payload: bytes) -> None:
         """Leave a message."""
-        with self._arrival:
-            self._messages.append(_Message(source, tag, payload))
-            self._arrival.notify_all()
+        message = _Message(source, tag, payload)
+        with self._change:
+            for receive in self._receives:
+                if message.matches(receive.source, receive.tag):
+                    self._receives.remove(receive)
+                    receive.deliver(message)
+                    break
+            else:
+                self._messages.append(message)
+            self._change.notify_all()
 
     def peek(self, source: int, tag: int) -> Status | None:
         """Describe the first message that matches, if there is one."""
-        with self._arrival:
+        with self._change:
             found = self._find(source, tag)
             return found.status() if found else None
 
-    def take(self, room: Bytes, source: int, tag: int) -> Status:
-        """Wait for a message that matches, move it to the front of ``room``."""
-        with self._arrival:
-            self._arrival.wait_for(lambda: self._aborted or self._find(source, tag) is not None)
+    def take(self, room: Bytes, source: int, tag: int) -> Receive:
+        """Start to receive a message that matches into the front of ``room``."""
+        receive = Receive(self, room, source, tag)
+        with self._change:
             found = self._find(source, tag)
             if found is None:
-                raise HpcDlError("recv: another rank of this group failed; no message will come")
-            return self._move(found, room)
+                self._receives.append(receive)
+            else:
+                self._messages.remove(found)
+                receive.deliver(found)
+        return receive
 
-    def take_later(self, room: Bytes, source: int, tag: int) -> "PendingReceive":
-        """Promise to take a message that matches."""
-        return PendingReceive(self, room, source, tag)
+    def wait_for(self, receive: Receive) -> None:
+        """Block until ``receive`` has its message."""
+        with self._change:
+            self._change.wait_for(lambda: self._aborted or receive.done())
+        if not receive.done():
+            raise HpcDlError("recv: another rank of this group failed; no message will come")
 
     def abort(self) -> None:
         """Wake a rank that waits for a message that will never come."""
-        with self._arrival:
+        with self._change:
             self._aborted = True
-            self._arrival.notify_all()
+            self._change.notify_all()
 
     def _find(self, source: int, tag: int) -> _Message | None:
         return next((m for m in self._messages if m.matches(source, tag)), None)
-
-    def _move(self, message: _Message, room: Bytes) -> Status:
-        size = len(message.payload)
-        if size > len(room):
-            raise OptionError(
-                f"recv has room for {len(room)} bytes; rank {message.source} sent {size} "
-                f"(tag {message.tag}). Ask iprobe() for the size first"
-            )
-        self._messages.remove(message)
-        room[:size] = np.frombuffer(message.payload, np.uint8)
-        return message.status()
-
-
-class PendingReceive:
-    """A receive under way."""
-
-    def __init__(self, mailbox: Mailbox, room: Bytes, source: int, tag: int):
-        self._mailbox, self._room, self._source, self._tag = mailbox, room, source, tag
-        self._status: Status | None = None
-
-    def done(self) -> bool:
-        """Tell whether ``wait`` would return at once."""
-        return self._status is not None or self._mailbox.peek(self._source, self._tag) is not None
-
-    def wait(self) -> Status:
-        """Block until the message is there."""
-        if self._status is None:
-            self._status = self._mailbox.take(self._room, self._source, self._tag)
-        return self._status

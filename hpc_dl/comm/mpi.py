@@ -12,12 +12,14 @@ import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
 
-from hpc_dl.arrays import host_view
+from hpc_dl.arrays import HALF_TYPES, host_view
 from hpc_dl.comm import ring, window
 from hpc_dl.comm.base import BaseCommunicator
 from hpc_dl.comm.cuda import CudaMode, choose_cuda_mode
-from hpc_dl.comm.kernels import combine, reduce_in_place, share
+from hpc_dl.comm.kernels import combine, reduce_in_place, scale_in_place, share
+from hpc_dl.comm.mpi_message import MpiMessage, read_status, wildcards
 from hpc_dl.comm.protocol import ANY, Array, Op, Status, Work
+from hpc_dl.comm.stall import Arrivals
 from hpc_dl.errors import OptionError
 
 #: Below this MPI's own all-reduce has the lower latency.
@@ -27,9 +29,10 @@ SMALL_BYTES = 64 * 1024
 STAGE_BYTES = 1 << 20
 STAGE_BYTES_BETWEEN_NODES = 16 << 20
 
+#: A counter that each rank writes has a line of its own.
+CACHE_LINE = 64
+
 _MPI_OPS = {Op.SUM: MPI.SUM, Op.MIN: MPI.MIN, Op.MAX: MPI.MAX, Op.PRODUCT: MPI.PROD}
-#: Kinds of NumPy types (and item sizes from 4 bytes for floats) that MPI itself reduces.
-_MPI_KINDS = "iufc"
 
 
 class MpiCommunicator(BaseCommunicator):
@@ -70,20 +73,31 @@ class MpiCommunicator(BaseCommunicator):
         self._nodes = self._cross.size if self.local_rank < self._shares else 1
         self._alone = bool(sizes.max() == 1)
         self._one_node = bool(sizes.min() == comm.size)
+        self._watch_node()
         self._segments: list[window.Segment] = []
         self._stage: window.Segment | None = None
+
+    def _watch_node(self) -> None:
+        """Let the watch for stalls see which ranks of this node are late."""
+        self.watch.elsewhere = not self._one_node
+        self._counters: window.Segment | None = None
+        if self.local_size > 1:
+            ranks = np.empty(self.local_size, np.int64)
+            self._node.Allgather(np.array([self.rank], np.int64), ranks)
+            self._counters = window.allocate(self._node, CACHE_LINE)
+            counters = [part.data.cast("q") for part in self._counters.parts]
+            self.watch.arrivals = Arrivals(counters, ranks.tolist(), self.local_rank)
 
     # --- all-reduce ---------------------------------------------------------------
 
     def _allreduce(self, flat: Array, op: Op, scale: float) -> None:
         if self.size == 1 or flat.size == 0:
-            _scale(flat, scale)
-        elif flat.nbytes <= SMALL_BYTES and _mpi_reduces(flat):
+            scale_in_place(flat, scale)
+        elif flat.nbytes <= SMALL_BYTES and _mpi_reduces(flat, op):
             self._comm.Allreduce(MPI.IN_PLACE, flat, _MPI_OPS[op])
-            _scale(flat, scale)
+            scale_in_place(flat, scale)
         elif self._alone:
-            ring.allreduce(self._cross, flat, op)
-            _scale(flat, scale)
+            ring.allreduce(self._cross, flat, op, scale)
         elif (views := self._window_views(flat)) is not None:
             self._node.Barrier()
             self._reduce_views(views, op, scale)
@@ -102,14 +116,20 @@ class MpiCommunicator(BaseCommunicator):
         """Reduce this rank's share of all local buffers, over all nodes, in place."""
         if self.local_rank >= self._shares:
             return
-        lo, hi = share(len(views[0]), self.local_rank, self._shares, 64 // views[0].itemsize)
+        lo, hi = share(
+            len(views[0]), self.local_rank, self._shares, CACHE_LINE // views[0].itemsize
+        )
         if self._one_node:
             reduce_in_place(views, lo, hi, op, scale)
             return
-        reduce_in_place(views, lo, hi, op, out=views[:1])
+        # The sum of a node goes on as 16 bits where the type has so many: scale it first,
+        # so that an average cannot overflow.
+        half = views[0].dtype in HALF_TYPES
+        before, after = (scale, 1.0) if half else (1.0, scale)
+        reduce_in_place(views, lo, hi, op, before, out=views[:1])
         if hi > lo:
             ring.allreduce(self._cross, views[0][lo:hi], op)
-        reduce_in_place(views[:1], lo, hi, op, scale, out=views)
+        reduce_in_place(views[:1], lo, hi, op, after, out=views)
 
     def _allreduce_staged(self, flat: Array, op: Op, scale: float) -> None:
         """Pass a buffer that is not in a window through one, two slots in turn.
@@ -218,6 +238,7 @@ class MpiCommunicator(BaseCommunicator):
 
     def split(self, color: int | None, key: int = 0) -> "MpiCommunicator | None":
         """Form sub-groups of the ranks that give the same color, ordered by key, then rank."""
+        self._check_color(color)
         mpi_color = MPI.UNDEFINED if color is None else color
         part = MPI.Intracomm(self._queue.run(lambda: self._comm.Split(mpi_color, key)))
         if part == MPI.COMM_NULL:
@@ -241,10 +262,13 @@ class MpiCommunicator(BaseCommunicator):
     def close(self) -> None:
         """Finish what is pending and free windows and communicators. All ranks call it."""
         super().close()
-        stages = [] if self._stage is None else [self._stage]
-        for segment in self._segments + stages:
-            window.free(segment)
-        self._segments, self._stage = [], None
+        if self._comm == MPI.COMM_NULL:
+            return
+        self.watch.arrivals = None
+        for segment in (*self._segments, self._stage, self._counters):
+            if segment is not None:
+                window.free(segment)
+        self._segments, self._stage, self._counters = [], None, None
         for comm in (self._cross, self._node, self._comm):
             comm.Free()
 
@@ -261,44 +285,23 @@ class MpiCommunicator(BaseCommunicator):
 
     def isend(self, x: Array, dest: int, tag: int = 0) -> Work:
         """Start to send ``x``, which is not to be written to until ``wait`` returns."""
-        self._check_rank(dest, "dest")
+        self._check_address(dest, "dest", tag)
         flat = self._readable(x, "isend").reshape(-1)
-        return _Message(self._comm.Isend([flat, flat.nbytes, MPI.BYTE], dest, tag), flat)
+        return MpiMessage(self._comm.Isend([flat, flat.nbytes, MPI.BYTE], dest, tag), flat)
 
     def irecv(self, x: Array, source: int = ANY, tag: int = ANY) -> Work:
         """Start to receive into ``x``."""
+        self._check_address(source, "source", tag)
         flat = self._flat(x, "irecv")
         buffer = [flat, flat.nbytes, MPI.BYTE]
-        return _Message(self._comm.Irecv(buffer, *_wildcards(source, tag)), flat)
+        return MpiMessage(self._comm.Irecv(buffer, *wildcards(source, tag)), flat)
 
     def iprobe(self, source: int = ANY, tag: int = ANY) -> Status | None:
         """Describe a message that ``recv`` would return at once, if there is one."""
+        self._check_address(source, "source", tag)
         status = MPI.Status()
-        found = self._comm.Iprobe(*_wildcards(source, tag), status)
-        return _status(status) if found else None
-
-
-class _Message:
-    """A message under way; it keeps its memory alive."""
-
-    def __init__(self, request: MPI.Request, flat: Array):
-        self._request, self._flat = request, flat
-        self._status: Status | None = None
-
-    def done(self) -> bool:
-        """Tell whether ``wait`` would return at once."""
-        status = MPI.Status()
-        if self._status is None and self._request.Test(status):
-            self._status = _status(status)
-        return self._status is not None
-
-    def wait(self) -> Status:
-        """Block until it is complete."""
-        if self._status is None:
-            status = MPI.Status()
-            self._request.Wait(status)
-            self._status = _status(status)
-        return self._status
+        found = self._comm.Iprobe(*wildcards(source, tag), status)
+        return read_status(status) if found else None
 
 
 class _RowType:
@@ -316,24 +319,11 @@ class _RowType:
             self._type.Free()
 
 
-def _wildcards(source: int, tag: int) -> tuple[int, int]:
-    return (
-        MPI.ANY_SOURCE if source == ANY else source,
-        MPI.ANY_TAG if tag == ANY else tag,
-    )
-
-
-def _status(status: MPI.Status) -> Status:
-    return Status(status.Get_source(), status.Get_tag(), status.Get_count(MPI.BYTE))
-
-
-def _scale(flat: Array, scale: float) -> None:
-    if scale != 1.0:
-        np.multiply(flat, flat.dtype.type(scale), out=flat)
-
-
-def _mpi_reduces(flat: Array) -> bool:
-    return flat.dtype.kind in _MPI_KINDS and (flat.dtype.kind in "iu" or flat.itemsize >= 4)
+def _mpi_reduces(flat: Array, op: Op) -> bool:
+    """Tell whether MPI's own all-reduce serves: it has no 16-bit floats, and takes the
+    smaller of a number and NaN as it comes, on each rank another."""
+    integer = flat.dtype.kind in "iu"
+    return integer or (op in (Op.SUM, Op.PRODUCT) and flat.dtype.kind in "fc" and flat.itemsize > 2)
 
 
 def _wait_for_stream(x: Any) -> None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc_dl.errors import OptionError
+
 Array = NDArray[Any]
 
 
@@ -19,6 +21,10 @@ class Op(StrEnum):
     MAX = "max"
     PRODUCT = "product"
     ADASUM = "adasum"
+
+    @classmethod
+    def _missing_(cls, value: object) -> None:
+        raise OptionError.unknown("op", value, [op.value for op in cls])
 
 
 class Status(NamedTuple):

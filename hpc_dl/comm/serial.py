@@ -1,9 +1,7 @@
 """One rank: every collective is the identity. For runs without a launcher."""
 
-import numpy as np
-
 from hpc_dl.comm.base import BaseCommunicator
-from hpc_dl.comm.kernels import combine
+from hpc_dl.comm.kernels import combine, scale_in_place
 from hpc_dl.comm.protocol import Array, Op
 
 
@@ -16,8 +14,7 @@ class SerialCommunicator(BaseCommunicator):
         super().__init__(rank=0, size=1, threaded=False)
 
     def _allreduce(self, flat: Array, op: Op, scale: float) -> None:
-        if scale != 1.0:
-            np.multiply(flat, flat.dtype.type(scale), out=flat)
+        scale_in_place(flat, scale)
 
     def _allgather(self, x: Array) -> list[Array]:
         return [x.copy()]
@@ -39,4 +36,5 @@ class SerialCommunicator(BaseCommunicator):
 
     def split(self, color: int | None, key: int = 0) -> "SerialCommunicator | None":
         """Return a communicator of this one rank, or None without a color."""
+        self._check_color(color)
         return None if color is None else SerialCommunicator()

@@ -3,8 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from hpc_dl.comm.abort import end_job
@@ -15,63 +14,98 @@ log = logging.getLogger("hpc_dl.comm")
 WARN_SECONDS = 60.0
 
 CAUSES = (
-    "the other ranks have not called it. Usual causes: a collective inside `if rank() == 0`, "
-    "ranks with different numbers of batches (call join()), or a rank that hangs"
+    "Usual causes: a collective inside `if rank() == 0`, ranks with different numbers of "
+    "batches (call join()), or a rank that hangs"
 )
+
+
+class Arrivals:
+    """How many collectives each rank of a node has entered, in memory that they share."""
+
+    def __init__(self, counters: Sequence[memoryview], ranks: Sequence[int], mine: int):
+        """Take one int64 counter for each of the ``ranks``; the ``mine``-th is this rank's."""
+        self._counters, self._ranks = counters, ranks
+        self._mine = counters[mine]
+
+    def count(self) -> None:
+        """Say that this rank enters one more collective."""
+        self._mine[0] += 1
+
+    def late(self) -> list[int]:
+        """Return the ranks that have not entered the collective that this rank is in."""
+        pairs = zip(self._ranks, self._counters, strict=True)
+        return [rank for rank, counter in pairs if counter[0] < self._mine[0]]
 
 
 class Watch:
     """Watches the collective that a communicator is in."""
 
-    def __init__(self, name: str, rank: int, missing: Callable[[], list[int]] = list):
+    def __init__(self, name: str, rank: int, size: int):
         self.warn_seconds = WARN_SECONDS
         self.abort_seconds = 0.0
-        self.missing = missing
-        self._name, self._rank = name, rank
+        self.arrivals: Arrivals | None = None
+        """Of the ranks on this node, where the communicator shares memory with them."""
+        self.elsewhere = False
+        """Whether some ranks are on other nodes."""
+        self._name, self._rank, self._size = name, rank, size
         self._current: tuple[str, Any, float] | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
-    @contextmanager
-    def over(self, what: str, x: Any) -> Iterator[None]:
-        """Watch the body of the ``with``, which is the collective ``what`` on ``x``."""
+    def begin(self, what: str, x: Any) -> None:
+        """Start to watch the collective ``what`` on ``x``."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._observe, daemon=True)
             self._thread.start()
+        if self.arrivals is not None:
+            self.arrivals.count()
         self._current = (what, x, time.monotonic())
-        try:
-            yield
-        finally:
-            self._current = None
+
+    def end(self) -> None:
+        """Say that the collective is over."""
+        self._current = None
 
     def _observe(self) -> None:
-        due = self.warn_seconds
-        while not self._closing.wait(min(1.0, self.warn_seconds / 4)):
+        reported, due = None, 0.0
+        while not self._closing.wait(self._interval()):
             current = self._current
-            waited = time.monotonic() - current[2] if current else 0.0
-            if current is None or waited < self.warn_seconds:
-                due = self.warn_seconds
+            if current is None:
                 continue
-            if waited >= due:
-                due = 2 * waited
+            if current is not reported:
+                due = self.warn_seconds
+            waited = time.monotonic() - current[2]
+            if self.warn_seconds > 0 and due <= waited:
+                reported, due = current, 2 * waited
                 log.warning("%s", self._report(current[0], current[1], waited))
             if 0 < self.abort_seconds <= waited:
-                log.error(
-                    "%s; ending the job after %.0f s (stall_abort)",
-                    self._report(current[0], current[1], waited),
-                    waited,
-                )
+                report = self._report(current[0], current[1], waited)
+                log.error("%s; ending the job after %.0f s (stall abort)", report, waited)
                 end_job(1)
 
+    def _interval(self) -> float:
+        limits = [s for s in (self.warn_seconds, self.abort_seconds) if s > 0]
+        return min(1.0, *(s / 4 for s in limits)) if limits else 1.0
+
     def _report(self, what: str, x: Any, waited: float) -> str:
-        late = self.missing()
-        who = f"rank(s) {', '.join(map(str, late))} are not there yet; " if late else ""
         shape, dtype = tuple(getattr(x, "shape", ())), getattr(x, "dtype", "")
         return (
-            f"rank {self._rank} has waited {waited:.0f} s in {what}{shape} {dtype} over "
-            f"{self._name!r}: {who}{CAUSES}"
+            f"rank {self._rank} of {self._size} has waited {waited:.0f} s in {what}{shape} {dtype} "
+            f"over {self._name!r}: {self._who()} have not called it. {CAUSES}"
         )
 
+    def _who(self) -> str:
+        late = self.arrivals.late() if self.arrivals is not None else []
+        if late:
+            return f"rank(s) {', '.join(map(str, late))}" + (
+                " of this node (and perhaps others)" if self.elsewhere else ""
+            )
+        if self.arrivals is not None and self.elsewhere:
+            return "all ranks of this node are there, but some on other nodes"
+        return "other ranks"
+
     def close(self) -> None:
-        """End the watch."""
+        """End the watch; the memory of ``arrivals`` may be freed afterwards."""
         self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None

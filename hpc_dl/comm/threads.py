@@ -15,6 +15,7 @@ from hpc_dl.comm.kernels import combine, reduce_in_place, share
 from hpc_dl.comm.mailbox import Mailbox
 from hpc_dl.comm.protocol import ANY, Array, Op, Status, Work
 from hpc_dl.comm.queue import QueuedWork
+from hpc_dl.comm.stall import Arrivals
 from hpc_dl.errors import HpcDlError
 
 T = TypeVar("T")
@@ -32,6 +33,7 @@ class Group:
         self.barrier = threading.Barrier(size)
         self.slots: list[Any] = [None] * size
         self.mailboxes = [Mailbox() for _ in range(size)]
+        self.counters = [memoryview(bytearray(8)).cast("q") for _ in range(size)]
         self.children: list[Group] = []
 
     def abort(self) -> None:
@@ -51,6 +53,7 @@ class ThreadsCommunicator(BaseCommunicator):
     def __init__(self, group: Group, rank: int):
         super().__init__(rank, group.size)
         self._group = group
+        self.watch.arrivals = Arrivals(group.counters, range(group.size), rank)
 
     def _meet(self) -> None:
         try:
@@ -102,6 +105,8 @@ class ThreadsCommunicator(BaseCommunicator):
     def split(self, color: int | None, key: int = 0) -> "ThreadsCommunicator | None":
         """Form sub-groups of the ranks that give the same color, ordered by key, then rank."""
 
+        self._check_color(color)
+
         def form() -> tuple[Group, int] | None:
             calls = self._share((color, key, self.rank))
             self._meet()
@@ -124,13 +129,13 @@ class ThreadsCommunicator(BaseCommunicator):
 
     def send(self, x: Array, dest: int, tag: int = 0) -> None:
         """Send a copy of ``x``; returns at once."""
-        self._check_rank(dest, "dest")
+        self._check_address(dest, "dest", tag)
         self._group.mailboxes[dest].put(self.rank, tag, self._readable(x, "send").tobytes())
 
     def recv(self, x: Array, source: int = ANY, tag: int = ANY) -> Status:
         """Wait for a message and write it to the front of ``x``."""
-        room = self._flat(x, "recv").view(np.uint8)
-        return self._group.mailboxes[self.rank].take(room, source, tag)
+        status: Status = self.irecv(x, source, tag).wait()
+        return status
 
     def isend(self, x: Array, dest: int, tag: int = 0) -> Work:
         """Send a copy of ``x``; the work is complete."""
@@ -138,11 +143,13 @@ class ThreadsCommunicator(BaseCommunicator):
 
     def irecv(self, x: Array, source: int = ANY, tag: int = ANY) -> Work:
         """Start to receive into ``x``."""
+        self._check_address(source, "source", tag)
         room = self._flat(x, "irecv").view(np.uint8)
-        return self._group.mailboxes[self.rank].take_later(room, source, tag)
+        return self._group.mailboxes[self.rank].take(room, source, tag)
 
     def iprobe(self, source: int = ANY, tag: int = ANY) -> Status | None:
         """Describe a message that ``recv`` would return at once, if there is one."""
+        self._check_address(source, "source", tag)
         return self._group.mailboxes[self.rank].peek(source, tag)
 
 

@@ -30,24 +30,30 @@ class Segment(NamedTuple):
         return [part[start : start + flat.nbytes].view(flat.dtype) for part in self.parts]
 
 
+def _free_bytes() -> int:
+    """Return the room for shared windows on this node, or -1 where it cannot be seen."""
+    if not os.path.isdir(SHARED_MEMORY):
+        return -1
+    stat = os.statvfs(SHARED_MEMORY)
+    return stat.f_bavail * stat.f_frsize
+
+
 def _check_room(node: MPI.Intracomm, nbytes: int) -> None:
-    """Refuse before MPI does, which would be a bus error at the first touch."""
-    needed = nbytes * node.size
-    if os.path.isdir(SHARED_MEMORY):
-        stat = os.statvfs(SHARED_MEMORY)
-        free = stat.f_bavail * stat.f_frsize
-        if needed > free:
-            raise HpcDlError(
-                f"the {node.size} ranks of this node need {needed >> 20} MiB of shared memory; "
-                f"{SHARED_MEMORY} has {free >> 20} MiB free. Enlarge it (in a container: "
-                "--shm-size or --ipc=host), or start fewer ranks on a node"
-            )
+    """Refuse, on all ranks of the node, what would be a bus error at the first touch."""
+    room = np.array([_free_bytes()], np.int64)
+    node.Bcast(room)
+    needed, free = nbytes * node.size, int(room[0])
+    if 0 <= free < needed:
+        raise HpcDlError(
+            f"the {node.size} ranks of this node need {needed >> 20} MiB of shared memory; "
+            f"{SHARED_MEMORY} has {free >> 20} MiB free. Enlarge it (in a container: "
+            "--shm-size or --ipc=host), or start fewer ranks on a node"
+        )
 
 
 def allocate(node: MPI.Intracomm, nbytes: int) -> Segment:
     """Allocate ``nbytes`` for each rank of ``node``, zeroed; all of them call it alike."""
-    if node.rank == 0:
-        _check_room(node, nbytes)
+    _check_room(node, nbytes)
     window = MPI.Win.Allocate_shared(nbytes, 1, comm=node)
     window.Lock_all(MPI.MODE_NOCHECK)
     parts = [

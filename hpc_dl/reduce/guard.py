@@ -5,6 +5,8 @@ so under Keras 3). The guard compares a hash of all parameters over the ranks af
 steps, then after 10, 100, 1000 and each further 1000 steps.
 """
 
+import functools
+import itertools
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -57,17 +59,32 @@ def check_replicas(comm: Communicator, named: Named, step: int) -> None:
 class ReplicaGuard:
     """Decides when to compare, so that the cost stays far below that of training."""
 
-    def __init__(self, comm: Communicator, named: Callable[[], Named], enabled: bool = True):
-        """Watch the parameters that ``named()`` yields, as (name, host array)."""
-        self._comm, self._named = comm, named
+    def __init__(
+        self,
+        comm: Communicator,
+        named: Callable[[], Named],
+        enabled: bool = True,
+        all_present: Callable[[], bool] = lambda: True,
+        count: Callable[[], int] | None = None,
+    ):
+        """Watch parameters.
+
+        Args:
+            named: yields them as (name, host array).
+            all_present: agrees with the other ranks to compare now; False if some have
+                joined (run out of batches), whose parameters differ with good reason.
+            count: counts steps from 1, on all ranks alike; by default calls are counted.
+        """
+        self._count = count or functools.partial(next, itertools.count(1))
+        self._comm, self._named, self._all_present = comm, named, all_present
         self._enabled = enabled and comm.size > 1
-        self._step = 0
 
     def after_step(self) -> None:
         """Count a step and compare if it is due; all ranks call it after each step."""
-        self._step += 1
-        if self._enabled and self._is_due():
-            check_replicas(self._comm, self._named(), self._step)
+        step = self._count()
+        if self._enabled and _is_due(step) and self._all_present():
+            check_replicas(self._comm, self._named(), step)
 
-    def _is_due(self) -> bool:
-        return self._step in FIRST_CHECKS or self._step % FIRST_CHECKS[-1] == 0
+
+def _is_due(step: int) -> bool:
+    return step in FIRST_CHECKS or step % FIRST_CHECKS[-1] == 0

@@ -221,11 +221,13 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     wrapped._wait_in_step, wrapped._synchronized = True, False
     wrapped._reduction = reduction(named)
     included = process_set.included()
-    comm = process_set.group().comm if included else current().comm
+    group = process_set.group() if included else current().group
     wrapped._guard = ReplicaGuard(
-        comm,
+        group.comm,
         lambda: ((name, host_view(p.detach().cpu())) for name, p in wrapped._named),
         enabled=guard and included,
+        all_present=group.all_present,
+        count=group.counter("steps"),
     )
     return wrapped
 

@@ -72,23 +72,35 @@ class Group:
         """Like ``run`` on the communication thread."""
         return self.comm.submit(lambda: self._agreed(call, make))
 
-    def agree(self, call: Call) -> None:
+    def agree(self, call: Call) -> bool:
         """Make sure that all ranks are about to make ``call``.
+
+        Returns:
+            False if some have joined, who take part as ``join`` says.
 
         Raises:
             MismatchError: on all ranks, naming two calls that differ.
         """
         if self.comm.negotiates or self.comm.size == 1:
-            return
+            return True
         text = json.dumps(call)
         kinds, hashes = self._exchange(_CALLS, text)
         if (hashes == hashes[0]).all():
-            return
+            return True
         callers = np.flatnonzero(kinds == _CALLS)
         if len(callers) < self.comm.size:
             self._tell_joined(text, callers)
         if not (hashes[callers] == hashes[callers[0]]).all():
             self._raise_mismatch(text)
+        return len(callers) == self.comm.size
+
+    def all_present(self) -> bool:
+        """Agree with the ranks that have not joined whether there are any that have."""
+        if not self.comm.negotiates:
+            return bool(self.comm.run(lambda: self.agree(Call("present", "present"))))
+        # Ranks that have joined take part in Horovod's all-reduces with zeros.
+        present = self.comm.allreduce(np.ones(1, np.int64), Op.SUM)
+        return int(present[0]) == self.comm.size
 
     def join(self) -> int:
         """Serve the calls of the others until all ranks have joined.
@@ -98,11 +110,30 @@ class Group:
         """
         if self.comm.size == 1:
             return 0
-        if self.comm.negotiates:
-            last: int = self.comm.join()  # type: ignore[attr-defined]
-            return last
-        result: int = self.comm.run(self._join)
-        return result
+        last: int = (
+            self.comm.join()  # type: ignore[attr-defined]
+            if self.comm.negotiates
+            else self.comm.run(self._join)
+        )
+        self._realign()
+        return last
+
+    def counter(self, what: str) -> Callable[[], int]:
+        """Return a function that counts its calls from 1, and counts alike after a join."""
+        label = self.name(f"counter.{what}", None)
+
+        def count() -> int:
+            self._counts[label] = self._counts.get(label, 0) + 1
+            return self._counts[label]
+
+        return count
+
+    def _realign(self) -> None:
+        """Let ranks that have made different numbers of calls count alike again."""
+        text = json.dumps(self._counts).encode()
+        for array in self.comm.allgather(np.frombuffer(text, np.uint8)):
+            for what, count in json.loads(array.tobytes()).items():
+                self._counts[what] = max(count, self._counts.get(what, 0))
 
     def register(self, name: str, reducer: Reducer) -> None:
         """Let a rank that has joined serve the steps of ``reducer``."""
@@ -172,7 +203,7 @@ class Group:
             self.comm.alltoall([np.zeros(rows, call.dtype)] * self.comm.size)
         elif call.what == "barrier":
             self.comm.barrier()
-        else:
+        elif call.what != "present":
             raise UnsupportedError(
                 f"rank {self.comm.rank} has joined, and the others called {call.describe()}; "
                 "after join() only allreduce, allgather, alltoall and barrier go on. Call "

@@ -501,3 +501,20 @@ def test_broadcast_optimizer_state_to_new_optimizers(name):
     )
     assert len(states[0]) == 6
     assert all(state == states[0] for state in states)
+
+
+def test_epochs_of_uneven_length_with_the_guard_on():
+    """After a join the ranks count calls and steps alike again, over every communicator."""
+    net = model(seed=3)
+    optimizer = sgd(net)
+    for _ in range(3):
+        for step in range(2 * hvd.rank() + 1):
+            optimizer.zero_grad()
+            loss_of(net, *batch(step, 6, torch.float64)).backward()
+            optimizer.step()
+            hvd.allreduce(torch.ones(1))
+        last = hvd.join()
+        hvd.broadcast_parameters(net.state_dict(), root_rank=last)
+        hvd.broadcast_optimizer_state(optimizer, root_rank=last)
+        assert float(hvd.allreduce(torch.ones(1), op=hvd.Sum)) == hvd.size()
+        assert hvd.allgather_object(hvd.rank()) == list(range(hvd.size()))

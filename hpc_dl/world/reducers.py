@@ -1,0 +1,198 @@
+"""The fusion buckets of one optimizer or tape, for adapters that hand over lists of gradients.
+
+The buckets are planned when a set of gradients is first seen; all ranks see it in the same
+step, or learn there which gradient differs.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from hpc_dl.arrays import Layout, Parameter, plan
+from hpc_dl.comm import Op
+from hpc_dl.errors import OptionError
+from hpc_dl.reduce import Reducer
+from hpc_dl.world.group import Call, Group
+from hpc_dl.world.parameters import Described, check_parameters
+from hpc_dl.world.process_sets import ProcessSet
+
+#: Bytes at which a bucket is closed.
+BUCKET_BYTES = 8 << 20
+
+Names = tuple[str, ...]
+
+
+class GradientOptions(NamedTuple):
+    """How an optimizer or a tape combines gradients; see ``gradient_options``."""
+
+    op: Op
+    compression: Any
+    predivide: float
+    sparse_as_dense: bool
+    groups: int | tuple[tuple[Any, ...], ...]
+    """A number of groups, or the variables of each group."""
+    process_set: ProcessSet
+    guard: bool
+
+
+def gradient_options(
+    op: Op | str,
+    compression: Any,
+    predivide: float,
+    sparse_as_dense: bool,
+    groups: Any,
+    process_set: ProcessSet,
+    guard: bool,
+) -> GradientOptions:
+    """Check the options of Horovod's ``DistributedOptimizer`` and ``DistributedGradientTape``.
+
+    Raises:
+        OptionError: one that is not allowed, or two that do not go together.
+    """
+    try:
+        op = Op(op)
+    except ValueError:
+        raise OptionError.unknown("op", op, [o.value for o in Op]) from None
+    if predivide <= 0:
+        raise OptionError(f"gradient_predivide_factor={predivide}; give a number > 0")
+    if predivide != 1.0 and op is not Op.AVERAGE:
+        raise OptionError(
+            f"gradient_predivide_factor={predivide} goes with op=Average only; got op={op.value}"
+        )
+    return GradientOptions(
+        op, compression, predivide, sparse_as_dense, _groups(groups), process_set, guard
+    )
+
+
+def _groups(groups: Any) -> int | tuple[tuple[Any, ...], ...]:
+    if groups is None:
+        return 0
+    if isinstance(groups, int) and groups >= 0:
+        return groups
+    if isinstance(groups, list | tuple) and all(isinstance(g, list | tuple) for g in groups):
+        return tuple(tuple(group) for group in groups)
+    raise OptionError(
+        f"groups={groups!r}: give a number of groups, 0 or more, or a list of lists of variables"
+    )
+
+
+def group_names(
+    groups: int | tuple[tuple[Any, ...], ...], names: Sequence[str], variables: Sequence[Any]
+) -> tuple[Names, ...]:
+    """Say by name which gradients travel together.
+
+    Args:
+        groups: a number of groups, or the variables of each.
+        names: of ``variables``, whose gradients are reduced.
+
+    Raises:
+        OptionError: a variable that is in two groups.
+    """
+    if isinstance(groups, int):
+        if groups == 0:
+            return ()
+        count = min(groups, len(names))
+        bounds = [len(names) * i // max(count, 1) for i in range(count + 1)]
+        return tuple(tuple(names[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+    name_of = {id(variable): name for name, variable in zip(names, variables, strict=True)}
+    resolved = tuple(tuple(name_of[id(v)] for v in group if id(v) in name_of) for group in groups)
+    flat = [name for group in resolved for name in group]
+    twice = next((name for name in flat if flat.count(name) > 1), None)
+    if twice is not None:
+        raise OptionError(f"groups: {twice!r} is in two groups; a variable goes in one")
+    return resolved
+
+
+class Place(NamedTuple):
+    """Where a gradient lies: the number of its bucket, and its flat part of it."""
+
+    bucket: int
+    view: Any
+
+
+class Buckets(NamedTuple):
+    """A reducer, and the places of the gradients it was made for, in their order."""
+
+    reducer: Reducer
+    places: tuple[Place, ...]
+
+
+class Reducers:
+    """The reducers of one optimizer or tape: one for each set of gradients it has met."""
+
+    def __init__(self, group: Group, label: str, op: Op, scale: float = 1.0):
+        """Begin with none.
+
+        Args:
+            label: names the optimizer, the same on all ranks and different for each.
+            scale: a factor on the result.
+        """
+        self.group = group
+        self.label = group.name(label, None)
+        self._op, self._scale = op, scale
+        self._known: dict[tuple[Any, ...], Buckets] = {}
+        self._agreed: set[tuple[Parameter, ...]] = set()
+
+    def agree(self, parameters: tuple[Parameter, ...]) -> str:
+        """Make sure that all ranks reduce these gradients; return a digest of them.
+
+        Raises:
+            MismatchError: on all ranks; names the first that differs.
+        """
+        self.group.agree(Call("plan", f"{self.label} ({len(parameters)} gradients)"))
+        self._agreed.add(parameters)
+        described = [Described(p.name, p.shape, p.dtype.name) for p in parameters]
+        return check_parameters(self.group.comm, described)
+
+    def agree_once(self, parameters: tuple[Parameter, ...]) -> None:
+        """Like ``agree``, the first time that these gradients are met."""
+        if parameters not in self._agreed:
+            self.agree(parameters)
+
+    def find(
+        self,
+        parameters: tuple[Parameter, ...],
+        groups: tuple[Names, ...] = (),
+        device: Any = None,
+        make_buffers: Callable[[Layout], list[Any]] | None = None,
+    ) -> Buckets:
+        """Return the buckets for these gradients; all ranks call this alike.
+
+        Args:
+            groups: names of gradients that travel together.
+            device: tells apart equal gradients on several devices.
+            make_buffers: makes a flat buffer for each bucket of a layout; by default they
+                are in the memory in which the communicator reduces fastest.
+
+        Raises:
+            MismatchError: on all ranks, the first time that they pass different gradients.
+        """
+        key = (parameters, groups, device)
+        if key not in self._known:
+            self._known[key] = self._make(parameters, groups, make_buffers)
+        return self._known[key]
+
+    def _make(
+        self,
+        parameters: tuple[Parameter, ...],
+        groups: tuple[Names, ...],
+        make_buffers: Callable[[Layout], list[Any]] | None,
+    ) -> Buckets:
+        digest = self.agree(parameters)
+        layout = plan(parameters, BUCKET_BYTES, groups)
+        number = len(self._known)
+        call = Call("reduce", f"{self.label}.{number}.{digest}", op=self._op.value)
+        reducer = Reducer(
+            self.group.comm,
+            layout,
+            self._op,
+            self._scale,
+            None if make_buffers is None else make_buffers(layout),
+            agree=lambda: self.group.agree(call),
+        )
+        self.group.register(call.name, reducer)
+        views, place = reducer.views(), layout.place()
+        return Buckets(reducer, tuple(Place(place[p.name][0], views[p.name]) for p in parameters))
+
+    def bytes_sent(self) -> int:
+        """Return the bytes that this rank has put on the wire."""
+        return sum(buckets.reducer.traffic().bytes_sent for buckets in self._known.values())
