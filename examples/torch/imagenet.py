@@ -37,12 +37,12 @@ class Metric:
 
 
 def network():
-    """Return a small convolutional network with batch normalisation over all ranks."""
+    """Return a small convolutional network with batch normalisation."""
 
     def block(inputs, outputs):
         return [
             torch.nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
-            hvd.SyncBatchNorm(outputs),
+            torch.nn.BatchNorm2d(outputs),
             torch.nn.ReLU(),
         ]
 
