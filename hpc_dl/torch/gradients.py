@@ -6,21 +6,19 @@ hook moves each gradient into its bucket as soon as it is accumulated, and full 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from hpc_dl.arrays import BFLOAT16, Parameter, plan, torch_view
 from hpc_dl.comm import Op
-from hpc_dl.errors import HpcDlError, OptionError
+from hpc_dl.errors import HpcDlError
 from hpc_dl.reduce import Reducer, Traffic
 from hpc_dl.torch.sparse import allreduce_sparse
 from hpc_dl.world import Call, Group
 from hpc_dl.world.parameters import Described, check_parameters
-
-#: Bytes at which a bucket is closed: large enough to be fast, small enough to leave early.
-BUCKET_BYTES = 8 << 20
+from hpc_dl.world.reducers import BUCKET_BYTES, Names
 
 
 class Options(NamedTuple):
@@ -29,7 +27,7 @@ class Options(NamedTuple):
     op: Op
     wire_dtype: torch.dtype | None
     predivide: float
-    groups: tuple[tuple[str, ...], ...]
+    groups: tuple[Names, ...]
     sparse_as_dense: bool
 
 
@@ -235,35 +233,3 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
 def _torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:
     found: torch.dtype = torch_view(np.empty(0, dtype)).dtype
     return found
-
-
-def check_groups(
-    groups: Any, named: Sequence[tuple[str, torch.nn.Parameter]]
-) -> tuple[tuple[str, ...], ...]:
-    """Resolve the option ``groups``: a number of groups, or lists of parameters.
-
-    Raises:
-        OptionError: neither, or a parameter that is unknown or in two groups.
-    """
-    if groups is None or groups == 0:
-        return ()
-    names = {p: name for name, p in named}
-    if isinstance(groups, int) and groups > 0:
-        parts = np.array_split(np.arange(len(named)), min(groups, len(named)))
-        return tuple(tuple(named[i][0] for i in part) for part in parts)
-    if not isinstance(groups, list | tuple):
-        raise OptionError(
-            f"groups={groups!r}: give a number of groups, 0 or more, or a list of lists of tensors"
-        )
-    resolved: list[tuple[str, ...]] = []
-    seen: set[str] = set()
-    for members in groups:
-        if not all(isinstance(p, torch.Tensor) for p in members):
-            raise OptionError("groups: every inner list must consist of torch tensors")
-        chosen = tuple(names[p] for p in members if p in names)
-        twice = [name for name in chosen if name in seen or chosen.count(name) > 1]
-        if twice:
-            raise OptionError(f"groups: {twice[0]!r} is in two groups; a parameter goes in one")
-        seen.update(chosen)
-        resolved.append(chosen)
-    return tuple(resolved)

@@ -14,10 +14,10 @@ from hpc_dl.errors import HpcDlError, OptionError
 from hpc_dl.reduce import ReplicaGuard, Traffic
 from hpc_dl.torch.adasum import AdasumReduction
 from hpc_dl.torch.compression import Compression, is_cast, resolve
-from hpc_dl.torch.gradients import GradientReduction, Options, check_groups
+from hpc_dl.torch.gradients import GradientReduction, Options
 from hpc_dl.torch.unfused import UnfusedReduction
 from hpc_dl.world import ProcessSet, current, global_process_set
-from hpc_dl.world.collectives import resolve_op
+from hpc_dl.world.reducers import gradient_options, group_names
 
 log = logging.getLogger("hpc_dl")
 
@@ -180,21 +180,21 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     >>> optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
     """
     _check_passes(backward_passes_per_step)
-    op = resolve_op(op, None)
-    if gradient_predivide_factor != 1.0 and op is not Op.AVERAGE:
-        raise OptionError(
-            f"gradient_predivide_factor={gradient_predivide_factor} goes with op=Average only; "
-            f"got op={op.value}"
-        )
-    if gradient_predivide_factor <= 0:
-        raise OptionError(
-            f"gradient_predivide_factor={gradient_predivide_factor}; give a number > 0"
-        )
     if num_groups:
         warnings.warn("num_groups is now called groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
     named = _check_names(optimizer, named_parameters)
     compressor = resolve(compression)
+    wanted = gradient_options(
+        op,
+        compressor,
+        gradient_predivide_factor,
+        sparse_as_dense,
+        groups,
+        process_set,
+        guard,
+    )
+    op = wanted.op
 
     def reduction(named: Named) -> Reduction | None:
         if not process_set.included() or current().comm.size == 1:
@@ -208,7 +208,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             op,
             compressor.wire_dtype,
             gradient_predivide_factor,
-            check_groups(groups, named),
+            group_names(wanted.groups, [name for name, _ in named], [p for _, p in named]),
             sparse_as_dense,
         )
         return GradientReduction(named, group, options, backward_passes_per_step)

@@ -1,0 +1,53 @@
+"""A barrier on shared memory that waits politely.
+
+MPI's barriers spin: on a node filled with ranks, a communication thread that spins takes the
+core from the thread that computes gradients. This one looks for a moment, then sleeps between
+looks, and lets go of Python's lock all the while.
+"""
+
+import time
+
+from mpi4py import MPI
+
+from hpc_dl.comm import window
+
+#: Looks without a sleep, a microsecond each: the other ranks are usually that near.
+EAGER_LOOKS = 50
+#: Seconds between later looks; the kernel rounds this up to its timer slack of 50 us.
+NAP = 1e-5
+
+#: A counter that each rank writes has a cache line of its own.
+CACHE_LINE = 64
+
+
+class NodeBarrier:
+    """Each rank counts its arrivals where all ranks of the node can see the count."""
+
+    def __init__(self, node: MPI.Intracomm):
+        """Allocate the counters; all ranks of the node call this."""
+        self._segment = window.allocate(node, CACHE_LINE)
+        counters = [part.data.cast("q") for part in self._segment.parts]
+        self._mine = counters[node.rank]
+        self._others = counters[: node.rank] + counters[node.rank + 1 :]
+        self._arrivals = 0
+
+    def wait(self) -> None:
+        """Return once all ranks of the node have called this as often as this one."""
+        self._arrivals += 1
+        # The fences order what was written to shared memory before the arrival, and what is
+        # read from it afterwards.
+        self._segment.window.Sync()
+        self._mine[0] = self._arrivals
+        for counter in self._others:
+            looks = 0
+            while counter[0] < self._arrivals:
+                looks += 1
+                time.sleep(0 if looks < EAGER_LOOKS else NAP)
+        self._segment.window.Sync()
+
+    def free(self) -> None:
+        """Give the counters back; all ranks of the node call this."""
+        self._mine.release()
+        for counter in self._others:
+            counter.release()
+        window.free(self._segment)

@@ -1,0 +1,111 @@
+"""Every command and every marked example of the documentation runs."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PATIENCE = 240
+
+#: Commands that are run elsewhere, or that install or build for minutes: by what.
+ELSEWHERE = {
+    "make demo": "tests/jobs (what it launches); the recipe by hand and in the release check",
+    "make test": "continuous integration, which is this run",
+    "pip install 'hpc_dl[torch,mpi]'": "tests/unit/test_packaging.py (the built wheel)",
+    "hpc-dl horovod build": "make test, before the tests on real ranks",
+}
+
+
+class Example(NamedTuple):
+    page: str
+    ranks: int
+    text: str
+
+
+def examples() -> list[Example]:
+    pattern = re.compile(r"<!-- run on (\d+) ranks? -->\n```python\n(.*?)```", re.DOTALL)
+    return [
+        Example(page.name, int(ranks), text)
+        for page in PAGES
+        for ranks, text in pattern.findall(page.read_text())
+    ]
+
+
+def commands() -> list[tuple[str, str]]:
+    blocks = re.compile(r"```sh\n(.*?)```", re.DOTALL)
+    found = [
+        (page.name, line.strip())
+        for page in PAGES
+        for block in blocks.findall(page.read_text())
+        for line in block.replace("\\\n", " ").splitlines()
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    return list(dict.fromkeys(found))
+
+
+def run(arguments: list[str], folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        arguments,
+        cwd=folder,
+        env=os.environ
+        | {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+        | {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+        | variables,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+
+
+def test_every_python_example_is_marked():
+    for page in PAGES:
+        text = page.read_text()
+        marked = len(re.findall(r"<!-- run on \d+ ranks? -->\n```python\n", text))
+        assert text.count("```python\n") == marked, f"{page.name} has an example that is not run"
+
+
+@pytest.mark.parametrize("example", examples(), ids=lambda e: f"{e.page}-{e.ranks}")
+def test_example(example, tmp_path):
+    script = tmp_path / "example.py"
+    script.write_text(example.text)
+    launch = [sys.executable, "-m", "hpc_dl.cli", "launch", "-n", str(example.ranks)]
+    done = run([*launch, str(script)], tmp_path, TF_CPP_MIN_LOG_LEVEL="3")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_command(page, command, tmp_path):
+    if command in ELSEWHERE:
+        return
+    words = shlex.split(command)
+    variables = {}
+    while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+        name, _, value = words.pop(0).partition("=")
+        variables[name] = value
+    programs = {
+        "hpc-dl": [sys.executable, "-m", "hpc_dl.cli"],
+        "python": [sys.executable],
+        "mpirun": [str(Path(sys.executable).with_name("mpirun"))],
+    }
+    assert words[0] in programs, f"{page}: no test runs {command!r}; add it to ELSEWHERE or here"
+    words = [sys.executable if word == "python" else word for word in words]
+    arguments = programs[words[0]] + words[1:] if words[0] in programs else words
+    for name in ("jobs", "examples", "benchmarks", "tests", "slurm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    done = run(arguments, tmp_path, **variables)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
