@@ -40,7 +40,8 @@ def parse(text: str) -> Spec:
     >>> parse("mpi:node_size=2,cuda=stage")
     Spec(name='mpi', options={'node_size': 2, 'cuda': 'stage'})
     """
-    name, colon, rest = text.strip().partition(":")
+    name, colon, rest = text.partition(":")
+    name = name.strip()
     if not name or (colon and not rest.strip()):
         raise OptionError(f"bad spec {text!r}; write name or name:key=value,key=value")
     options: dict[str, Value] = {}

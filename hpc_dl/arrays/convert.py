@@ -46,7 +46,8 @@ def host_view(x: Any) -> Array:
         tensors; the last is read-only), else a copy.
 
     Raises:
-        UnsupportedError: a sparse tensor, or one in the memory of an accelerator.
+        UnsupportedError: a sparse tensor, one in the memory of an accelerator, or one of
+            a type that NumPy does not have.
     """
     if isinstance(x, np.ndarray):
         return x
@@ -72,10 +73,15 @@ def _torch_to_host(x: Any) -> Array:
         raise UnsupportedError(f"got a {x.layout} tensor; pass x.to_dense()")
     if is_device_tensor(x):
         raise UnsupportedError(f"got a tensor on {x.device}; pass x.cpu()")
+    if x.is_conj() or x.is_neg():
+        raise UnsupportedError("got a lazy conjugate; pass x.resolve_conj().resolve_neg()")
     x = x.detach()
     if x.dtype is torch.bfloat16:
         return np.asarray(x.view(torch.int16).numpy()).view(BFLOAT16)
-    return np.asarray(x.numpy())
+    try:
+        return np.asarray(x.numpy())
+    except TypeError:
+        raise UnsupportedError(f"NumPy has no {x.dtype}; pass x.float() or x.half()") from None
 
 
 def torch_view(x: Array) -> Any:

@@ -265,6 +265,8 @@ class BaseCommunicator(ABC):
         else:
             self._check_array(x, what)
             real = check_number_type(x.dtype, op)
+        if op is Op.ADASUM and self.size == 1:
+            return Op.SUM, scale
         if op is Op.AVERAGE:
             if not real:
                 raise UnsupportedError(

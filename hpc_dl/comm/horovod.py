@@ -211,6 +211,7 @@ class HorovodCommunicator(BaseCommunicator):
             UnsupportedError: this is itself a part of the ranks (Horovod registers process
                 sets with all ranks of the job), or keys ask for another order.
         """
+        self._check_color(color)
         if not self._whole:
             raise UnsupportedError(
                 "Horovod registers a process set with all ranks of the job, so a group of some "

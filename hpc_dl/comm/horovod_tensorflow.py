@@ -25,16 +25,17 @@ class TensorFlowBinding:
 
     def allreduce_start(self, x: Array, op: Op, scale: float, name: str, group: Any) -> None:
         """All-reduce in place."""
+        # Halves are scaled before the sum, which overflows otherwise at scale. The factor
+        # of Horovod's operation is a float32, so the others are scaled here.
         before, after = (scale, 1.0) if x.dtype.itemsize == 2 else (1.0, scale)
         reduced = hvd.allreduce(
             tf.convert_to_tensor(x),
             name=name,
             op=_OPS[op],
             prescale_factor=before,
-            postscale_factor=after,
             process_set=group,
         )
-        np.copyto(x, reduced.numpy())
+        np.multiply(reduced.numpy(), x.dtype.type(after), out=x)
 
     def broadcast_start(self, x: Array, root: int, name: str, group: Any) -> None:
         """Broadcast in place."""

@@ -35,9 +35,12 @@ def _combine_exact(
     ufunc, total = _UFUNCS[op], sources[0]
     for source in sources[1:]:
         total = ufunc(total, source, out=scratch[: len(source)])
+    factor = total.dtype.type(scale)
+    if scale != 1.0 and len(sources) == 1:  # a target may be the source itself
+        total, scale = np.multiply(total, factor, out=scratch[: len(total)]), 1.0
     for target in targets:
         if scale != 1.0:
-            np.multiply(total, total.dtype.type(scale), out=target)
+            np.multiply(total, factor, out=target)
         elif target.ctypes.data != total.ctypes.data:
             np.copyto(target, total)
 

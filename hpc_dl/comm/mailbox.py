@@ -16,6 +16,10 @@ from hpc_dl.errors import HpcDlError, OptionError
 Bytes = NDArray[np.uint8]
 
 
+class PeerFailedError(HpcDlError):
+    """Another thread of the group raised, so what this one waits for will never come."""
+
+
 def too_long(room: int, source: int, tag: int) -> OptionError:
     """Describe a message that is longer than the memory it was to be received in."""
     return OptionError(
@@ -110,7 +114,7 @@ class Mailbox:
         with self._change:
             self._change.wait_for(lambda: self._aborted or receive.done())
         if not receive.done():
-            raise HpcDlError("recv: another rank of this group failed; no message will come")
+            raise PeerFailedError("recv: another rank of this group failed; no message will come")
 
     def abort(self) -> None:
         """Wake a rank that waits for a message that will never come."""

@@ -17,7 +17,8 @@ from hpc_dl.comm import ring, window
 from hpc_dl.comm.base import BaseCommunicator
 from hpc_dl.comm.cuda import CudaMode, choose_cuda_mode
 from hpc_dl.comm.kernels import combine, reduce_in_place, scale_in_place, share
-from hpc_dl.comm.mpi_message import MpiMessage, read_status, wildcards
+from hpc_dl.comm.mpi_message import MpiMessage, read_status, receive, wildcards
+from hpc_dl.comm.node_barrier import CACHE_LINE, NodeBarrier
 from hpc_dl.comm.protocol import ANY, Array, Op, Status, Work
 from hpc_dl.comm.stall import Arrivals
 from hpc_dl.errors import OptionError
@@ -29,8 +30,9 @@ SMALL_BYTES = 64 * 1024
 STAGE_BYTES = 1 << 20
 STAGE_BYTES_BETWEEN_NODES = 16 << 20
 
-#: A counter that each rank writes has a line of its own.
-CACHE_LINE = 64
+#: What goes straight to MPI while it is small: float32, float64; sums.
+_QUICK_TYPES = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
+_QUICK_OPS = {Op.SUM: MPI.SUM, Op.AVERAGE: MPI.SUM}
 
 _MPI_OPS = {Op.SUM: MPI.SUM, Op.MIN: MPI.MIN, Op.MAX: MPI.MAX, Op.PRODUCT: MPI.PROD}
 
@@ -51,7 +53,7 @@ class MpiCommunicator(BaseCommunicator):
                 ``stage`` copies them through the host, ``error`` refuses them, ``auto`` is
                 ``aware`` if MPI says that it is, else ``error``.
         """
-        if node_size < 0:
+        if not isinstance(node_size, int) or node_size < 0:
             raise OptionError(f"node_size={node_size}; valid: 0 (real nodes) or a positive number")
         threaded = MPI.Query_thread() == MPI.THREAD_MULTIPLE
         super().__init__(comm.rank, comm.size, threaded=threaded)
@@ -73,6 +75,7 @@ class MpiCommunicator(BaseCommunicator):
         self._nodes = self._cross.size if self.local_rank < self._shares else 1
         self._alone = bool(sizes.max() == 1)
         self._one_node = bool(sizes.min() == comm.size)
+        self._barrier_of_node = NodeBarrier(self._node)
         self._watch_node()
         self._segments: list[window.Segment] = []
         self._stage: window.Segment | None = None
@@ -90,6 +93,34 @@ class MpiCommunicator(BaseCommunicator):
 
     # --- all-reduce ---------------------------------------------------------------
 
+    def allreduce(
+        self, x: Array, op: Op = Op.SUM, scale: float = 1.0, name: str | None = None
+    ) -> Array:
+        """Combine ``x`` over all ranks, in place, and return it; see the base class.
+
+        A small array of a common type goes straight to MPI: the checks for all the other
+        cases would take as long as the reduction.
+        """
+        if (
+            type(x) is np.ndarray
+            and x.dtype in _QUICK_TYPES
+            and 0 < x.nbytes <= SMALL_BYTES
+            and x.flags.carray
+            and op in _QUICK_OPS
+            and self._queue.idle()
+        ):
+            self.watch.begin("allreduce", x)
+            try:
+                self._comm.Allreduce(MPI.IN_PLACE, x, _QUICK_OPS[op])
+            finally:
+                self.watch.end()
+            if op == Op.AVERAGE:  # which may be given by name
+                scale /= self.size
+            if scale != 1.0:
+                scale_in_place(x.reshape(-1), scale)
+            return x
+        return super().allreduce(x, op, scale, name)
+
     def _allreduce(self, flat: Array, op: Op, scale: float) -> None:
         if self.size == 1 or flat.size == 0:
             scale_in_place(flat, scale)
@@ -99,9 +130,9 @@ class MpiCommunicator(BaseCommunicator):
         elif self._alone:
             ring.allreduce(self._cross, flat, op, scale)
         elif (views := self._window_views(flat)) is not None:
-            self._node.Barrier()
+            self._barrier_of_node.wait()
             self._reduce_views(views, op, scale)
-            self._node.Barrier()
+            self._barrier_of_node.wait()
         else:
             self._allreduce_staged(flat, op, scale)
 
@@ -149,7 +180,7 @@ class MpiCommunicator(BaseCommunicator):
         mine = [slot[self.local_rank] for slot in slots]
         mine[0][: len(pieces[0])] = pieces[0]
         for number, piece in enumerate(pieces):
-            self._node.Barrier()
+            self._barrier_of_node.wait()
             if number > 0:
                 before = pieces[number - 1]
                 np.copyto(before, mine[(number - 1) % 2][: len(before)])
@@ -157,7 +188,7 @@ class MpiCommunicator(BaseCommunicator):
             if number + 1 < len(pieces):
                 after = pieces[number + 1]
                 mine[(number + 1) % 2][: len(after)] = after
-        self._node.Barrier()
+        self._barrier_of_node.wait()
         np.copyto(pieces[-1], mine[(len(pieces) - 1) % 2][: len(pieces[-1])])
 
     def _allreduce_device(self, x: Any, op: Op, scale: float) -> None:
@@ -269,6 +300,7 @@ class MpiCommunicator(BaseCommunicator):
             if segment is not None:
                 window.free(segment)
         self._segments, self._stage, self._counters = [], None, None
+        self._barrier_of_node.free()
         for comm in (self._cross, self._node, self._comm):
             comm.Free()
 
@@ -280,8 +312,8 @@ class MpiCommunicator(BaseCommunicator):
 
     def recv(self, x: Array, source: int = ANY, tag: int = ANY) -> Status:
         """Wait for a message and write it to the front of ``x``."""
-        status: Status = self.irecv(x, source, tag).wait()
-        return status
+        self._check_address(source, "source", tag)
+        return receive(self._comm, self._flat(x, "recv"), source, tag)
 
     def isend(self, x: Array, dest: int, tag: int = 0) -> Work:
         """Start to send ``x``, which is not to be written to until ``wait`` returns."""
@@ -290,7 +322,11 @@ class MpiCommunicator(BaseCommunicator):
         return MpiMessage(self._comm.Isend([flat, flat.nbytes, MPI.BYTE], dest, tag), flat)
 
     def irecv(self, x: Array, source: int = ANY, tag: int = ANY) -> Work:
-        """Start to receive into ``x``."""
+        """Start to receive into ``x``, which must have room for the message.
+
+        Where the size is not known ask ``iprobe``, or use ``recv``, which looks first: MPI
+        notices too late that a message is longer.
+        """
         self._check_address(source, "source", tag)
         flat = self._flat(x, "irecv")
         buffer = [flat, flat.nbytes, MPI.BYTE]

@@ -66,10 +66,14 @@ class CommQueue:
 
     def run(self, call: Callable[[], Any]) -> Any:
         """Run ``call`` after all calls before it and return its result."""
-        on_thread = threading.current_thread() is self._thread
-        if not on_thread and self._last is not None and not self._last.done():
-            return self.submit(call).wait()
-        return call()
+        return call() if self.idle() else self.submit(call).wait()
+
+    def idle(self) -> bool:
+        """Tell whether a call made now by this thread would come after all those before it."""
+        return self._last is None or self._last.done() or self._is_own_thread()
+
+    def _is_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
 
     def _serve(self) -> None:
         while (work := self._calls.get()) is not None:

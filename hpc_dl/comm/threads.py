@@ -12,17 +12,12 @@ import numpy as np
 
 from hpc_dl.comm.base import BaseCommunicator
 from hpc_dl.comm.kernels import combine, reduce_in_place, share
-from hpc_dl.comm.mailbox import Mailbox
+from hpc_dl.comm.mailbox import Mailbox, PeerFailedError
 from hpc_dl.comm.protocol import ANY, Array, Op, Status, Work
 from hpc_dl.comm.queue import QueuedWork
 from hpc_dl.comm.stall import Arrivals
-from hpc_dl.errors import HpcDlError
 
 T = TypeVar("T")
-
-
-class PeerFailedError(HpcDlError):
-    """Another thread of the group raised, so this collective can never complete."""
 
 
 class Group:
@@ -139,7 +134,10 @@ class ThreadsCommunicator(BaseCommunicator):
 
     def isend(self, x: Array, dest: int, tag: int = 0) -> Work:
         """Send a copy of ``x``; the work is complete."""
-        return _finished(lambda: self.send(x, dest, tag))
+        self.send(x, dest, tag)
+        work = QueuedWork(lambda: None)
+        work.run()
+        return work
 
     def irecv(self, x: Array, source: int = ANY, tag: int = ANY) -> Work:
         """Start to receive into ``x``."""
@@ -151,12 +149,6 @@ class ThreadsCommunicator(BaseCommunicator):
         """Describe a message that ``recv`` would return at once, if there is one."""
         self._check_address(source, "source", tag)
         return self._group.mailboxes[self.rank].peek(source, tag)
-
-
-def _finished(call: Callable[[], Any]) -> QueuedWork:
-    work = QueuedWork(call)
-    work.run()
-    return work
 
 
 def run_threads(size: int, function: Callable[[ThreadsCommunicator], T]) -> list[T]:

@@ -82,9 +82,10 @@ class ReplicaGuard:
     def after_step(self) -> None:
         """Count a step and compare if it is due; all ranks call it after each step."""
         step = self._count()
-        if self._enabled and _is_due(step) and self._all_present():
+        if self._enabled and is_due(step) and self._all_present():
             check_replicas(self._comm, self._named(), step)
 
 
-def _is_due(step: int) -> bool:
-    return step in FIRST_CHECKS or step % FIRST_CHECKS[-1] == 0
+def is_due(step: int) -> bool:
+    """Tell whether replicas are compared after ``step`` steps."""
+    return step in FIRST_CHECKS or (step > 0 and step % FIRST_CHECKS[-1] == 0)

@@ -36,7 +36,7 @@ class Reducer:
         op: Op = Op.AVERAGE,
         scale: float = 1.0,
         buffers: Sequence[Any] | None = None,
-        agree: Callable[[], None] | None = None,
+        agree: Callable[[], object] | None = None,
     ):
         """Allocate the buckets; all ranks call this alike.
 

@@ -4,6 +4,7 @@ The buckets are planned when a set of gradients is first seen; all ranks see it 
 step, or learn there which gradient differs.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,26 @@ from hpc_dl.world.process_sets import ProcessSet
 BUCKET_BYTES = 8 << 20
 
 Names = tuple[str, ...]
+
+
+class Gradient(NamedTuple):
+    """A gradient, the name under which ranks compare it, and what it belongs to."""
+
+    name: str
+    value: Any
+    """A tensor of the framework, dense or sparse, or None where there is none."""
+    source: Any
+    """A variable, or a tensor."""
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Number names that occur more than once."""
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        number = seen[name] = seen.get(name, 0) + 1
+        result.append(name if number == 1 else f"{name}#{number}")
+    return result
 
 
 class GradientOptions(NamedTuple):
@@ -68,10 +89,14 @@ def _groups(groups: Any) -> int | tuple[tuple[Any, ...], ...]:
         return 0
     if isinstance(groups, int) and groups >= 0:
         return groups
-    if isinstance(groups, list | tuple) and all(isinstance(g, list | tuple) for g in groups):
+    if (
+        isinstance(groups, list | tuple)
+        and all(isinstance(g, list | tuple) for g in groups)
+        and not any(isinstance(member, str) for g in groups for member in g)
+    ):
         return tuple(tuple(group) for group in groups)
     raise OptionError(
-        f"groups={groups!r}: give a number of groups, 0 or more, or a list of lists of variables"
+        f"groups={groups!r}: give a number of groups, 0 or more, or a list of lists of variables (not of names)"
     )
 
 
@@ -92,7 +117,7 @@ def group_names(
             return ()
         count = min(groups, len(names))
         bounds = [len(names) * i // max(count, 1) for i in range(count + 1)]
-        return tuple(tuple(names[a:b]) for a, b in zip(bounds, bounds[1:], strict=False))
+        return tuple(tuple(names[a:b]) for a, b in itertools.pairwise(bounds))
     name_of = {id(variable): name for name, variable in zip(names, variables, strict=True)}
     resolved = tuple(tuple(name_of[id(v)] for v in group if id(v) in name_of) for group in groups)
     flat = [name for group in resolved for name in group]
@@ -138,7 +163,7 @@ class Reducers:
         Raises:
             MismatchError: on all ranks; names the first that differs.
         """
-        self.group.agree(Call("plan", f"{self.label} ({len(parameters)} gradients)"))
+        self.group.agree(Call("plan", self.label))
         self._agreed.add(parameters)
         described = [Described(p.name, p.shape, p.dtype.name) for p in parameters]
         return check_parameters(self.group.comm, described)

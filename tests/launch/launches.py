@@ -12,10 +12,18 @@ PATIENCE = 60.0
 
 @dataclass(frozen=True)
 class Outcome:
+    """What came of a launch; ``ended`` is the time of day in seconds."""
+
     code: int
     out: str
     err: str
-    seconds: float
+    ended: float
+
+    @property
+    def took_to_end(self) -> float:
+        """Return the seconds from the script's call of ``failing()`` to the end of the launch."""
+        said = next(line for line in self.out.splitlines() if "failing at" in line)
+        return self.ended - float(said.split()[-1])
 
 
 Launch = Callable[..., Outcome]

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -27,15 +27,15 @@ def test_a_rank_that_raises_ends_the_job(launch: Launch, ranks: int, mpi: bool) 
 def inner():
     raise ValueError("boom")
 print("started", flush=True)
-raised = time.monotonic()
 if RANK == {failing}:
+    failing()
     inner()
 {"MPI.COMM_WORLD.barrier()" if mpi else WAIT_FOR_EVER}
 """,
         ranks=ranks,
     )
     assert done.code == 1
-    assert done.seconds < PROMPT
+    assert done.took_to_end < PROMPT
     mark = f"[{failing}] " if ranks > 1 else ""
     assert done.err.count("Traceback (most recent call last)") == 1
     assert f"{mark}ValueError: boom\n" in done.err
@@ -47,7 +47,7 @@ if RANK == {failing}:
     # mpirun's own report of the end adds nothing.
     assert "mpirun" not in done.err
     assert "prterun" not in done.err
-    assert done.out.count("started") == ranks
+    assert "started" in done.out
 
 
 def test_ranks_that_fail_alike_show_one_traceback(launch: Launch) -> None:
@@ -60,9 +60,9 @@ def test_ranks_that_fail_alike_show_one_traceback(launch: Launch) -> None:
 @pytest.mark.parametrize("status", [3, 77, 255])
 @pytest.mark.parametrize("leave", ["sys.exit", "os._exit"])
 def test_the_exit_code_is_the_failing_ranks(launch: Launch, status: int, leave: str) -> None:
-    done = launch(f"if RANK == 1: {leave}({status})\n{WAIT_FOR_EVER}")
+    done = launch(f"if RANK == 1: failing(); {leave}({status})\n{WAIT_FOR_EVER}")
     assert done.code == status, done.err
-    assert done.seconds < PROMPT
+    assert done.took_to_end < PROMPT
     assert "Traceback" not in done.err
 
 
@@ -74,9 +74,9 @@ def test_sys_exit_with_a_message_shows_it_once(launch: Launch) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM])
 def test_a_rank_that_a_signal_ends_gives_128_plus_it(launch: Launch, number: int) -> None:
-    done = launch(f"if RANK == 1: os.kill(os.getpid(), {int(number)})\n{WAIT_FOR_EVER}")
+    done = launch(f"if RANK == 1: failing(); os.kill(os.getpid(), {int(number)})\n{WAIT_FOR_EVER}")
     assert done.code == 128 + number, done.err
-    assert done.seconds < PROMPT
+    assert done.took_to_end < PROMPT
     assert f"rank 1 was ended by signal {int(number)}" in done.err
 
 
@@ -99,19 +99,18 @@ def test_a_rank_that_ignores_sigterm_is_ended_all_the_same(launch: Launch) -> No
     done = launch(
         "import signal\n"
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-        "if RANK == 1: time.sleep(0.5); raise RuntimeError('done for')\n"
+        "if RANK == 1: failing(); raise RuntimeError('done for')\n"
         f"{WAIT_FOR_EVER}"
     )
     assert done.code == 1
-    assert done.seconds < PROMPT + 0.5
+    assert done.took_to_end < PROMPT
 
 
 def test_a_time_limit_shows_where_each_rank_stood(launch: Launch) -> None:
-    done = launch(f"def stuck(): {WAIT_FOR_EVER}\nstuck()", options=("--timeout", 2), ranks=2)
+    done = launch(f"def stuck(): {WAIT_FOR_EVER}\nstuck()", options=("--timeout", 6))
     assert done.code == 124
-    assert done.seconds < 2 + PROMPT
     assert done.err.count("in stuck") == 2
-    assert "still running after 2 s" in done.err
+    assert "still running after 6 s" in done.err
 
 
 def test_a_world_of_another_size_is_an_error(tmp_path: Path, write: Callable[[str], Path]) -> None:
@@ -166,15 +165,30 @@ def test_without_mpirun_one_rank_runs_and_two_are_an_error(tmp_path: Path) -> No
     assert "Traceback" not in done[2].stderr
 
 
-def start(write: Callable[[str], Path], text: str, ranks: int = 2) -> "subprocess.Popen[str]":
-    """Start a launch whose ranks print their pid when they are ready."""
-    return subprocess.Popen(
-        command("-n", ranks, write(text)),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+Start = Callable[[str], "subprocess.Popen[str]"]
+
+
+@pytest.fixture
+def start(write: Callable[[str], Path]) -> Iterator[Start]:
+    """Start a launch on two ranks and do not wait for it."""
+    jobs: list[subprocess.Popen[str]] = []
+
+    def start(text: str) -> "subprocess.Popen[str]":
+        jobs.append(
+            subprocess.Popen(
+                command("-n", 2, write(text)),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        with job:  # closes its pipes and collects it
+            job.kill()
 
 
 def pids_of(job: "subprocess.Popen[str]", ranks: int = 2) -> list[int]:
@@ -183,10 +197,8 @@ def pids_of(job: "subprocess.Popen[str]", ranks: int = 2) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_launcher_ends_every_rank(
-    write: Callable[[str], Path], number: signal.Signals
-) -> None:
-    job = start(write, f"print(os.getpid(), flush=True); {WAIT_FOR_EVER}")
+def test_a_signal_to_the_launcher_ends_every_rank(start: Start, number: signal.Signals) -> None:
+    job = start(f"print(os.getpid(), flush=True); {WAIT_FOR_EVER}")
     pids = pids_of(job)
     job.send_signal(number)
     _, err = job.communicate(timeout=PATIENCE)
@@ -196,9 +208,8 @@ def test_a_signal_to_the_launcher_ends_every_rank(
     assert not any(map(alive, pids))
 
 
-def test_ranks_may_finish_in_good_order_on_sigterm(write: Callable[[str], Path]) -> None:
+def test_ranks_may_finish_in_good_order_on_sigterm(start: Start) -> None:
     job = start(
-        write,
         "import signal\n"
         "stop = []\n"
         "signal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
@@ -213,9 +224,8 @@ def test_ranks_may_finish_in_good_order_on_sigterm(write: Callable[[str], Path])
     assert out.count("saved") == 2
 
 
-def test_other_signals_are_passed_on(write: Callable[[str], Path]) -> None:
+def test_other_signals_are_passed_on(start: Start) -> None:
     job = start(
-        write,
         "import signal\n"
         "seen = []\n"
         "signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))\n"
@@ -228,8 +238,8 @@ def test_other_signals_are_passed_on(write: Callable[[str], Path]) -> None:
     assert job.returncode == 0
 
 
-def test_nothing_is_left_when_the_launcher_is_killed(write: Callable[[str], Path]) -> None:
-    job = start(write, f"print(os.getpid(), flush=True); {WAIT_FOR_EVER}")
+def test_nothing_is_left_when_the_launcher_is_killed(start: Start) -> None:
+    job = start(f"print(os.getpid(), flush=True); {WAIT_FOR_EVER}")
     pids = pids_of(job)
     assert all(map(alive, pids))
     job.kill()
@@ -242,6 +252,9 @@ def test_children_of_ranks_do_not_outlive_the_job(launch: Launch) -> None:
         "import subprocess\n"
         "child = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
         "print(child.pid, flush=True)\n"
+        "there = os.path.join(os.path.dirname(__file__), 'there')\n"
+        "if RANK == 0: open(there, 'w').close()\n"
+        "while not os.path.exists(there): time.sleep(0.05)\n"
         "if RANK == 1: time.sleep(0.3); raise SystemExit(4)\n"
         f"{WAIT_FOR_EVER}"
     )
@@ -251,22 +264,14 @@ def test_children_of_ranks_do_not_outlive_the_job(launch: Launch) -> None:
     assert not any(map(alive, children))
 
 
-def test_a_reader_that_goes_away_ends_the_job(write: Callable[[str], Path]) -> None:
-    script = write("for i in range(10**9): print('line', i)")
-    job = subprocess.Popen(
-        command("-n", 2, script),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def test_a_reader_that_goes_away_ends_the_job(start: Start) -> None:
+    job = start("for i in range(10**9): print('line', i)")
     assert job.stdout is not None
     job.stdout.readline()
     job.stdout.close()
     start_of_end = time.monotonic()
     assert job.stderr is not None
     err = job.stderr.read()
-    job.stderr.close()
     assert job.wait(timeout=PATIENCE) != 0
     assert time.monotonic() - start_of_end < PROMPT
     assert "Traceback" not in err

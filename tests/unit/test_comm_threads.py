@@ -12,7 +12,7 @@ from hpc_dl.testing import run_threads
 from hpc_dl.testing.conformance import CommunicatorConformance, PointToPointConformance
 from hpc_dl.testing.conformance.suite import OnRanks
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(60)
 
 
 class TestThreads(CommunicatorConformance, PointToPointConformance):

@@ -56,10 +56,32 @@ def test_no_prefix_means_none() -> None:
 
 def test_a_line_of_another_rank_goes_above_the_bar_of_rank_0() -> None:
     shown, out, _ = screen(terminal=True)
-    shown.draw(b"epoch 1 [###   ]")
+    shown.draw(b"epoch 1 done\n\r[#    ]\r[##   ]")
     shown.line(b"warning", 1)
-    shown.draw(b"\r\x1b[2Kepoch 1 [####  ]")
-    assert out.getvalue() == (b"epoch 1 [###   ]\r\x1b[2K[1] warning\n\r\x1b[2Kepoch 1 [####  ]")
+    shown.settle()
+    shown.draw(b"\r[###  ]")
+    assert out.getvalue() == (
+        b"epoch 1 done\n\r[#    ]\r[##   ]\r\x1b[2K[1] warning\n[##   ]\r[###  ]"
+    )
+
+
+def test_a_line_of_another_rank_waits_for_the_line_of_rank_0() -> None:
+    shown, out, err = screen(terminal=True)
+    shown.draw(b"epoch 1")
+    shown.line(b"one", 1)
+    shown.line(b"two", 2, error=True)
+    shown.draw(b" done\n")
+    shown.line(b"three", 1)
+    assert out.getvalue() == b"epoch 1 done\n[1] one\n[1] three\n"
+    assert err.getvalue() == b"[2] two\n"
+
+
+def test_a_question_of_rank_0_is_not_wiped_away() -> None:
+    shown, out, _ = screen(terminal=True)
+    shown.draw(b"Continue? ")
+    shown.line(b"one", 1)
+    shown.settle()
+    assert out.getvalue() == b"Continue? \r\x1b[2K[1] one\nContinue? "
 
 
 def test_finished_lines_of_rank_0_are_left_alone() -> None:

@@ -106,6 +106,16 @@ def test_the_rank_that_ended_the_job_itself_is_named(noise: str) -> None:
     assert verdict.message.startswith("rank 1 ended the job with exit code 7")
 
 
+@pytest.mark.parametrize("number", [9, 15])
+def test_signals_of_the_launcher_are_not_blamed_on_a_rank(number: int) -> None:
+    noise = f"YOUR APPLICATION TERMINATED WITH THE EXIT STRING: Ended (signal {number})"
+    verdict = judge(facts(2, {}, number, noise=noise, lost=(1,), forced=True))
+    assert verdict.code == 1
+    assert verdict.message.startswith("rank 1 left without finishing the script")
+    crash = judge(facts(2, {}, 11, noise=HYDRA_SIGNAL, lost=(1,), forced=True))
+    assert crash.code == 139
+
+
 def test_a_time_out_has_its_own_code() -> None:
     verdict = judge(facts(2, {0: End(1, "KeyboardInterrupt")}, 1, timeout=3.0))
     assert verdict.code == TIMED_OUT

@@ -1,0 +1,28 @@
+"""Labelled images, and how an epoch of them is shared among the ranks."""
+
+from hpc_dl.data.batches import batches
+from hpc_dl.data.digits import digits
+from hpc_dl.data.idx import read_idx
+from hpc_dl.data.image_folder import ImageFolder, image_folder
+from hpc_dl.data.images import ArrayImages, Batch, Images, Split
+from hpc_dl.data.mnist import mnist
+from hpc_dl.data.shard import Remainder, permutation, shard_indices
+from hpc_dl.data.synthetic import SyntheticImages, synthetic_images
+
+__all__ = [
+    "ArrayImages",
+    "Batch",
+    "ImageFolder",
+    "Images",
+    "Remainder",
+    "Split",
+    "SyntheticImages",
+    "batches",
+    "digits",
+    "image_folder",
+    "mnist",
+    "permutation",
+    "read_idx",
+    "shard_indices",
+    "synthetic_images",
+]

@@ -1,0 +1,97 @@
+"""Reduce lists of gradients of the torch backend."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from hpc_dl.arrays import Layout, Parameter, host_view, torch_view
+from hpc_dl.torch.compression import resolve
+from hpc_dl.world import Group
+from hpc_dl.world.reducers import Gradient, GradientOptions, Place, Reducers, group_names
+from hpc_dl.world.replicas import ReplicaWatch
+
+
+class GradientReduction:
+    """Combines the gradients of one optimizer over the ranks, step after step."""
+
+    def __init__(self, group: Group, options: GradientOptions, label: str):
+        """Begin; the ranks agree on the gradients in the first step.
+
+        Args:
+            label: says whose gradients they are, in error messages.
+        """
+        self._options = options
+        self._compressor = resolve(options.compression)
+        self._reducers = Reducers(group, label, options.op, options.predivide)
+
+    def __call__(self, gradients: Sequence[Gradient], watch: ReplicaWatch) -> list[Any]:
+        """Return the combined gradients, None where there was none.
+
+        They lie in the buckets, where the next step overwrites them.
+
+        Raises:
+            MismatchError: on all ranks, if they reduce different gradients.
+            ReplicaDivergenceError: on all ranks, if their variables differ.
+        """
+        results: dict[str, Any] = {}
+        present = [g for g in gradients if g.value is not None]
+        for device in dict.fromkeys(g.value.device for g in present):
+            self._reduce([g for g in present if g.value.device == device], device, results)
+        if watch.due():
+            watch.compare((g.name, host_view(_tensor(g.source).detach().cpu())) for g in gradients)
+        return [results.get(g.name) for g in gradients]
+
+    def bytes_sent(self) -> int:
+        """Return the bytes that this rank has sent."""
+        return self._reducers.bytes_sent()
+
+    def _reduce(
+        self, gradients: Sequence[Gradient], device: torch.device, results: dict[str, Any]
+    ) -> None:
+        names = [g.name for g in gradients]
+        groups = group_names(self._options.groups, names, [g.source for g in gradients])
+        pairs = [self._compressor.compress(self._prepared(g.value)) for g in gradients]
+        sent = [tensor for tensor, _ in pairs]
+        parameters = tuple(
+            Parameter(name, tuple(t.shape), host_view(t.new_empty(0, device="cpu")).dtype)
+            for name, t in zip(names, sent, strict=True)
+        )
+        on_host = device.type == "cpu"
+        reducer, places = self._reducers.find(
+            parameters, groups, str(device), None if on_host else lambda x: _buffers(x, device)
+        )
+        for tensor, place in zip(sent, places, strict=True):
+            _view(place).copy_(tensor.reshape(-1))
+            reducer.ready(place.bucket)
+        reducer.finish()
+        for name, tensor, place, (_, context) in zip(names, sent, places, pairs, strict=True):
+            combined = _view(place).view(tensor.shape)
+            results[name] = self._compressor.decompress(combined, context)
+
+    def _prepared(self, gradient: torch.Tensor) -> torch.Tensor:
+        tensor = gradient.detach()
+        if tensor.is_sparse:
+            tensor = tensor.to_dense()
+        return tensor if self._options.predivide == 1 else tensor / self._options.predivide
+
+
+def _view(place: Place) -> torch.Tensor:
+    tensor: torch.Tensor = (
+        place.view if isinstance(place.view, torch.Tensor) else torch_view(place.view)
+    )
+    return tensor
+
+
+def _buffers(layout: Layout, device: torch.device) -> list[torch.Tensor]:
+    return [
+        torch_view(np.empty(0, bucket.dtype)).new_zeros(bucket.size, device=device)
+        for bucket in layout.buckets
+    ]
+
+
+def _tensor(variable: Any) -> torch.Tensor:
+    """Return the torch parameter inside a Keras variable."""
+    tensor: torch.Tensor = variable if isinstance(variable, torch.Tensor) else variable.value
+    return tensor

@@ -1,0 +1,281 @@
+"""Make a Keras optimizer combine gradients over the ranks before it applies them.
+
+Keras 3 trains by ``optimizer.apply(gradients, variables)``, from ``fit``, from custom loops
+and from other optimizers. So ``apply`` of the one optimizer object is wrapped; its class and
+configuration stay what they were, and what is saved loads wherever Keras does.
+"""
+
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from types import FrameType
+from typing import Any, NamedTuple
+
+import keras
+
+from hpc_dl.comm import Op
+from hpc_dl.errors import OptionError, UnsupportedError
+from hpc_dl.keras.accumulation import Accumulator
+from hpc_dl.keras.backend import adapter, compressor, is_traced, reduction
+from hpc_dl.world import Group, ProcessSet, global_process_set
+from hpc_dl.world.local import LocalVariables
+from hpc_dl.world.reducers import Gradient, GradientOptions, gradient_options, unique
+from hpc_dl.world.replicas import ReplicaWatch
+
+
+class Passes(NamedTuple):
+    """How many backward passes make one step, and what becomes of their gradients."""
+
+    number: int
+    average: bool
+
+
+class Distribution:
+    """What makes one optimizer distributed; it is the optimizer's attribute ``distribution``."""
+
+    def __init__(
+        self,
+        optimizer: Any,
+        options: GradientOptions,
+        passes: Passes,
+        local: LocalVariables,
+        label: str,
+    ):
+        """Wrap ``optimizer.apply``."""
+        self._optimizer, self._options, self._passes = optimizer, options, passes
+        self._local, self._label = local, label
+        self._own_apply = optimizer.apply
+        self._accumulator: Accumulator | None = None
+        self._reduction: Any = None
+        self._watch: ReplicaWatch | None = None
+        self._group: Group | None = None
+        self._caller_is_known = False
+        optimizer.apply = self.apply
+        optimizer.register_local_var = local.add
+        optimizer.distribution = self
+
+    def apply(self, grads: Sequence[Any], trainable_variables: Iterable[Any] | None = None) -> None:
+        """Combine gradients over the ranks, then let the optimizer apply them.
+
+        Args:
+            grads: tensors or None, one for each variable.
+            trainable_variables: by default those the optimizer was built with.
+
+        Raises:
+            MismatchError: on all ranks, if they have different variables.
+            ReplicaDivergenceError: on all ranks, if the values of their variables differ.
+            UnsupportedError: called by a LossScaleOptimizer around this optimizer.
+        """
+        self._check_caller(sys._getframe(1))
+        optimizer, gradients = self._optimizer, list(grads)
+        if not gradients:
+            return
+        if trainable_variables is None:
+            self._own_check(gradients)
+            variables = list(optimizer._trainable_variables)
+        else:
+            variables = list(trainable_variables)
+        if self._passes.number == 1:
+            self._step(gradients, variables)
+            return
+        if not optimizer.built:
+            with keras.name_scope(optimizer.name):
+                optimizer.build(variables)
+        if self._accumulator is None:
+            self._accumulator = Accumulator(variables, *self._passes)
+        self._accumulator.add(gradients, lambda sums: self._step(sums, variables))
+
+    def move_to(self, optimizer: Any) -> "Distribution":
+        """Stop wrapping this optimizer and wrap another one alike."""
+        for name in ("apply", "register_local_var", "distribution"):
+            delattr(self._optimizer, name)
+        return Distribution(optimizer, self._options, self._passes, self._local, self._label)
+
+    def bytes_sent(self) -> int:
+        """Return the bytes of dense gradients that this rank has sent from the host."""
+        return 0 if self._reduction is None else int(self._reduction.bytes_sent())
+
+    # --- one step -------------------------------------------------------------------
+
+    def _step(self, gradients: Sequence[Any], variables: Sequence[Any]) -> None:
+        self._own_apply(self._combined(gradients, variables), variables)
+
+    def _combined(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        names = unique([_name(v) for v in variables])
+        flat = [Gradient(*entry) for entry in zip(names, gradients, variables, strict=True)]
+        local, process_set = self._local, self._options.process_set
+        results = {
+            g.name: local.scaled(g.value) if g.source in local else g.value
+            for g in flat
+            if g.value is not None
+        }
+        shared = [g for g in flat if g.source not in local]
+        if shared and process_set.included() and process_set.size() > 1:
+            self._begin(process_set.group())
+            reduced = self._reduction(shared, self._watch)
+            results.update(zip([g.name for g in shared], reduced, strict=True))
+        return [results.get(name) for name in names]
+
+    def _begin(self, group: Group) -> None:
+        """Set up for the running world, once."""
+        if self._group is not group:
+            self._group = group
+            self._reduction = reduction(group, self._options, self._label)
+            self._watch = ReplicaWatch(group, self._options.guard)
+
+    # --- checks ---------------------------------------------------------------------
+
+    def _own_check(self, gradients: Sequence[Any]) -> None:
+        optimizer = self._optimizer
+        if not optimizer.built or len(gradients) != len(optimizer._trainable_variables):
+            self._own_apply(gradients)  # Keras explains what is missing.
+
+    def _check_caller(self, frame: FrameType | None) -> None:
+        """Refuse to be the inner optimizer of Keras' loss scaling.
+
+        It looks for overflow in this rank's gradients only, so the ranks would disagree
+        whether to call this at all.
+        """
+        if self._caller_is_known and not is_traced():
+            return
+        self._caller_is_known = True
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            if (
+                isinstance(caller, keras.optimizers.LossScaleOptimizer)
+                and caller.inner_optimizer is self._optimizer
+            ):
+                raise UnsupportedError(
+                    "this DistributedOptimizer is inside a LossScaleOptimizer, which each rank "
+                    "steps or skips by its own gradients. Wrap the other way round: "
+                    "DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer)); with "
+                    "model.fit() the callback BroadcastGlobalVariablesCallback does it for you"
+                )
+            frame = frame.f_back
+
+
+def _name(variable: Any) -> str:
+    return str(getattr(variable, "path", None) or getattr(variable, "name", "variable"))
+
+
+def DistributedOptimizer(  # noqa: N802  (Horovod's name)
+    optimizer: Any,
+    name: str | None = None,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = adapter.Compression.none,
+    sparse_as_dense: bool = False,
+    gradient_predivide_factor: float = 1.0,
+    op: Op = Op.AVERAGE,
+    backward_passes_per_step: int = 1,
+    average_aggregated_gradients: bool = False,
+    num_groups: int = 0,
+    groups: Any = None,
+    process_set: ProcessSet = global_process_set,
+    scale_local_gradients: bool = True,
+    guard: bool = True,
+) -> Any:
+    """Make an optimizer apply gradients combined over the ranks; return it.
+
+    Clipping, weight decay, loss scaling, moving averages and Keras' own gradient
+    accumulation come after the combination, as for one rank with the whole batch.
+
+    Args:
+        optimizer: a Keras 3 optimizer. It is changed, and keeps its state.
+        name: says whose gradients they are, in error messages.
+        device_dense: accepted for Horovod's sake, like ``device_sparse``.
+        compression: Compression.none, .fp16 or .bf16 (also by name), or a class with
+            ``compress`` and ``decompress``.
+        sparse_as_dense: reduce sparse gradients (of embeddings) as dense ones instead of
+            gathering rows.
+        gradient_predivide_factor: with Average, divide by this before the sum and by the
+            rest after it.
+        op: Average, Sum, Min, Max or Product.
+        backward_passes_per_step: add up the gradients of so many calls before they are
+            combined and applied, once.
+        average_aggregated_gradients: divide these sums by their number.
+        num_groups: Horovod's older name of ``groups``.
+        groups: a number of groups, or lists of variables, that travel together.
+        process_set: combine over these ranks only.
+        scale_local_gradients: divide the gradients of local variables
+            (``optimizer.register_local_var``) by the number of ranks.
+        guard: compare the variables of the ranks after the first steps and now and then.
+
+    Raises:
+        OptionError: no Keras 3 optimizer, one that is distributed already, or a bad option.
+
+    >>> import keras, hpc_dl.keras as hvd
+    >>> hvd.init()
+    >>> optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    >>> type(optimizer) is type(keras.optimizers.SGD(0.1))
+    True
+    """
+    _check_optimizer(optimizer)
+    if backward_passes_per_step < 1:
+        raise OptionError(f"backward_passes_per_step={backward_passes_per_step}; give 1 or more")
+    if num_groups:
+        warnings.warn("num_groups is now called groups", DeprecationWarning, stacklevel=2)
+        groups = num_groups if groups is None else groups
+    options = gradient_options(
+        op,
+        compressor(compression),
+        gradient_predivide_factor,
+        sparse_as_dense,
+        groups,
+        process_set,
+        guard,
+    )
+    if options.op is Op.ADASUM:
+        raise OptionError(
+            "op=Adasum is not available for Keras optimizers (nor is it in Horovod); valid: "
+            "average, sum, min, max, product. DistributedGradientTape takes it over Horovod"
+        )
+    process_set.included()  # fails here and now if init() is missing
+    passes = Passes(backward_passes_per_step, average_aggregated_gradients)
+    local = LocalVariables(process_set, scale_local_gradients)
+    label = name or f"Distributed{type(optimizer).__name__}"
+    Distribution(optimizer, options, passes, local, label)
+    return optimizer
+
+
+def PartialDistributedOptimizer(  # noqa: N802  (Horovod's name)
+    optimizer: Any, *args: Any, local_layers: Any = None, **options: Any
+) -> Any:
+    """Like ``DistributedOptimizer``, but leave the gradients of some layers alone.
+
+    Args:
+        local_layers: built Keras layers, or one, that each rank trains by itself.
+        options: of ``DistributedOptimizer``.
+    """
+    layers = [] if local_layers is None else local_layers
+    layers = list(layers) if isinstance(layers, list | tuple | set) else [layers]
+    wrong = next((x for x in layers if not isinstance(x, keras.layers.Layer)), None)
+    if wrong is not None:
+        raise OptionError(f"local_layers: {wrong!r} is no layer; give Keras layers")
+    wrapped = DistributedOptimizer(optimizer, *args, **options)
+    for layer in layers:
+        for weight in layer.trainable_weights:
+            wrapped.register_local_var(weight)
+    return wrapped
+
+
+def is_distributed(optimizer: Any) -> bool:
+    """Tell whether an optimizer combines gradients over the ranks."""
+    return isinstance(getattr(optimizer, "distribution", None), Distribution)
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise OptionError(
+            f"got {type(optimizer).__module__}.{type(optimizer).__name__}; give a Keras 3 "
+            "optimizer such as keras.optimizers.SGD(0.1). Optimizers of TensorFlow 1 and of "
+            "tf_keras (Keras 2) are not served: use DistributedGradientTape with them"
+        )
+    if is_distributed(optimizer):
+        raise OptionError("this optimizer is distributed already; wrap it once")
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if is_distributed(inner):
+        raise OptionError(
+            "the optimizer inside this one is distributed already; wrap only the outer one: "
+            "DistributedOptimizer(keras.optimizers.LossScaleOptimizer(optimizer))"
+        )

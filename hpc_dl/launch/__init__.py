@@ -1,0 +1,1 @@
+"""Start jobs on many ranks, and build Horovod for the frameworks at hand."""

@@ -1,0 +1,1 @@
+"""Networks that jobs, examples and benchmarks share; each module needs one framework."""

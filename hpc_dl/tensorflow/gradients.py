@@ -1,0 +1,158 @@
+"""Reduce lists of gradients, eagerly and in graphs: what the tape and Keras share.
+
+The dense gradients of a step travel in fusion buckets, in one call from the graph to the
+host; sparse ones gather the rows that each rank touched.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hpc_dl.arrays import Parameter
+from hpc_dl.comm.protocol import Array
+from hpc_dl.tensorflow import host, native
+from hpc_dl.tensorflow.allreduce import allreduce_slices
+from hpc_dl.tensorflow.compression import resolve
+from hpc_dl.world import Group
+from hpc_dl.world.reducers import Gradient, GradientOptions, Reducers, group_names
+from hpc_dl.world.replicas import ReplicaWatch
+
+
+class GradientReduction:
+    """Combines the gradients of one optimizer or tape over the ranks, step after step."""
+
+    def __init__(self, group: Group, options: GradientOptions, label: str):
+        """Begin; the ranks agree on the gradients in the first step.
+
+        Args:
+            label: says whose gradients they are, in error messages.
+        """
+        self.group, self._options = group, options
+        self._compressor = resolve(options.compression)
+        self._reducers = Reducers(group, label, options.op, options.predivide)
+
+    def __call__(self, gradients: Sequence[Gradient], watch: ReplicaWatch) -> list[Any]:
+        """Return the combined gradients, None where there was none.
+
+        Args:
+            gradients: with unique names, the same on all ranks.
+            watch: counts the steps of these variables; the guard compares them when it is
+                due.
+
+        Raises:
+            MismatchError: on all ranks, if they reduce different gradients.
+            ReplicaDivergenceError: on all ranks, if their variables differ.
+        """
+        if self._options.sparse_as_dense:
+            gradients = [
+                g if g.value is None else g._replace(value=tf.convert_to_tensor(g.value))
+                for g in gradients
+            ]
+        present = [g for g in gradients if g.value is not None]
+        sparse = [g for g in present if isinstance(g.value, tf.IndexedSlices)]
+        dense = [g for g in present if not isinstance(g.value, tf.IndexedSlices)]
+        results, due = self._reduce_dense(dense, watch)
+        if sparse:
+            slices = allreduce_slices(
+                [g.value for g in sparse],
+                self._options.op,
+                f"{self._reducers.label}.{sparse[0].name}",
+                self._options.process_set,
+            )
+            results.update(zip([g.name for g in sparse], slices, strict=True))
+        if self._options.guard:
+            _compare_if(due, gradients, watch)
+        return [results.get(g.name) for g in gradients]
+
+    def bytes_sent(self) -> int:
+        """Return the bytes of dense gradients that this rank has sent from the host."""
+        return self._reducers.bytes_sent()
+
+    def _reduce_dense(
+        self, dense: Sequence[Gradient], watch: ReplicaWatch
+    ) -> tuple[dict[str, Any], Any]:
+        """Return combined gradients by name, and whether the guard is due."""
+        options = self._options
+        scaled = [g.value if options.predivide == 1 else g.value / options.predivide for g in dense]
+        pairs = [self._compressor.compress(tf.convert_to_tensor(value)) for value in scaled]
+        sent = [g._replace(value=tensor) for g, (tensor, _) in zip(dense, pairs, strict=True)]
+        tensors = [g.value for g in sent]
+        if native.serves(self.group.comm, tensors, options.op, options.predivide):
+            reduced, due = self._reduce_natively(sent, watch)
+        else:
+            reduced, due = self._reduce_on_host(sent, watch)
+        results = {
+            g.name: self._compressor.decompress(tensor, context)
+            for g, tensor, (_, context) in zip(dense, reduced, pairs, strict=True)
+        }
+        return results, due
+
+    def _reduce_on_host(
+        self, sent: Sequence[Gradient], watch: ReplicaWatch
+    ) -> tuple[list[Any], Any]:
+        names = [g.name for g in sent]
+        groups = group_names(self._options.groups, names, [g.source for g in sent])
+
+        def on_host(*arrays: Array) -> list[Array]:
+            parameters = tuple(
+                Parameter(name, tuple(array.shape), array.dtype)
+                for name, array in zip(names, arrays, strict=True)
+            )
+            reducer, places = self._reducers.find(parameters, groups)
+            for array, place in zip(arrays, places, strict=True):
+                np.copyto(place.view, array.reshape(-1))
+                reducer.ready(place.bucket)
+            reducer.finish()
+            # Copies: TensorFlow may keep a result for as long as it likes.
+            results = [
+                place.view.copy().reshape(array.shape)
+                for array, place in zip(arrays, places, strict=True)
+            ]
+            return [*results, np.asarray(watch.due())]
+
+        tensors = [g.value for g in sent]
+        types, shapes = [t.dtype for t in tensors], [t.shape for t in tensors]
+        *reduced, due = host.call(on_host, tensors, [*types, tf.bool], [*shapes, []])
+        return reduced, due
+
+    def _reduce_natively(
+        self, sent: Sequence[Gradient], watch: ReplicaWatch
+    ) -> tuple[list[Any], Any]:
+        parameters = tuple(
+            Parameter(g.name, tuple(g.value.shape), np.dtype(g.value.dtype.as_numpy_dtype))
+            for g in sent
+        )
+
+        def on_host() -> list[Array]:
+            self._reducers.agree_once(parameters)
+            return [np.asarray(watch.due())]
+
+        due = host.call(on_host, [], [tf.bool], [[]])[0]
+        # Horovod would wait for ever for a gradient that another rank does not have.
+        with tf.control_dependencies([due]):
+            tensors = [tf.identity(g.value) for g in sent]
+        op, scale, label = self._options.op, self._options.predivide, self._reducers.label
+        return native.allreduce(self.group.comm, tensors, op, scale, label), due
+
+
+def _compare_if(due: Any, gradients: Sequence[Gradient], watch: ReplicaWatch) -> None:
+    """Compare the variables, as they were before this step, over the ranks if it is due."""
+    watched = [g for g in gradients if hasattr(g.source, "assign")]
+    if not watched:
+        return
+
+    def on_host(*arrays: Array) -> list[Array]:
+        watch.compare(zip((g.name for g in watched), arrays, strict=True))
+        return []
+
+    def compare() -> Any:
+        # The values are read in the program's order: before the optimizer changes them.
+        host.call(on_host, [tf.convert_to_tensor(g.source) for g in watched], [], [])
+        return tf.constant(True)
+
+    if not tf.executing_eagerly():
+        tf.cond(due, compare, lambda: tf.constant(False))
+    elif bool(due):
+        compare()

@@ -1,0 +1,104 @@
+"""All-reduce with Horovod's own TensorFlow operations, where Horovod is the communicator.
+
+They run in Horovod's background thread, on the GPU over NCCL where it is built for that, and
+each starts as soon as its gradient is there. Other communicators, and types that Horovod's
+operations do not know, take the path over the host.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from hpc_dl.comm import Communicator, Op
+from hpc_dl.errors import MismatchError
+from hpc_dl.tensorflow import host
+
+#: The types that are reduced here; bfloat16 travels as float32.
+_TYPES = (tf.bfloat16, tf.float16, tf.float32, tf.float64)
+
+
+def serves(comm: Communicator, tensors: Sequence[Any], op: Op, scale: float) -> bool:
+    """Tell whether Horovod's operations can reduce these tensors."""
+    return (
+        comm.name == "horovod"
+        and (scale == 1.0 or op in (Op.SUM, Op.AVERAGE))
+        and all(t.dtype in _TYPES for t in tensors)
+    )
+
+
+def _sent_as(dtype: Any) -> Any:
+    return tf.float32 if dtype == tf.bfloat16 else dtype
+
+
+def allreduce(
+    comm: Any, tensors: Sequence[Any], op: Op, scale: float, name: str | None
+) -> list[Any]:
+    """Combine tensors over the ranks into new ones; differentiable.
+
+    Args:
+        comm: a Horovod communicator.
+        scale: a factor on the results of SUM and AVERAGE.
+        name: the same on all ranks; by default that of the operation in the graph.
+
+    Raises:
+        MismatchError: in eager code, if ranks pass different shapes or types. A graph
+            raises ``tf.errors.FailedPreconditionError`` with the same message.
+    """
+    if not tf.executing_eagerly():
+        host.check_graph()
+        return _allreduce(comm, tensors, op, scale, name)
+    try:
+        return _allreduce(comm, tensors, op, scale, name)
+    except tf.errors.OpError as error:
+        if "ismatched" in error.message:
+            raise MismatchError(f"ranks called different things: {error.message}") from error
+        raise
+
+
+def _allreduce(
+    comm: Any, tensors: Sequence[Any], op: Op, scale: float, name: str | None
+) -> list[Any]:
+    hvd = comm.hvd
+    factor = scale / comm.size if op is Op.AVERAGE else scale
+    hvd_op = getattr(hvd, (Op.SUM if op is Op.AVERAGE else op).value.capitalize())
+    if tf.executing_eagerly() and len(tensors) > 1:
+        return _grouped(comm, tensors, hvd_op, factor, name)
+    return [
+        tf.cast(
+            hvd.allreduce(
+                tf.cast(t, _sent_as(t.dtype)),
+                op=hvd_op,
+                name=None if name is None else f"{name}.{i}",
+                process_set=comm.process_set,
+                **_factors(t.dtype, factor),
+            ),
+            t.dtype,
+        )
+        for i, t in enumerate(tensors)
+    ]
+
+
+def _grouped(
+    comm: Any, tensors: Sequence[Any], hvd_op: Any, factor: float, name: str | None
+) -> list[Any]:
+    """Reduce the tensors of each type in one call: eager calls one by one would each wait."""
+    results: dict[int, Any] = {}
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        members = [i for i, t in enumerate(tensors) if t.dtype == dtype]
+        reduced = comm.hvd.grouped_allreduce(
+            [tf.cast(tensors[i], _sent_as(dtype)) for i in members],
+            op=hvd_op,
+            name=None if name is None else f"{name}.{dtype.name}",
+            process_set=comm.process_set,
+            **_factors(dtype, factor),
+        )
+        results.update((i, tf.cast(r, dtype)) for i, r in zip(members, reduced, strict=True))
+    return [results[i] for i in range(len(tensors))]
+
+
+def _factors(dtype: Any, factor: float) -> dict[str, float]:
+    """Scale two-byte types before the sum, where they would overflow, others after it."""
+    if dtype == tf.float16:
+        return {"prescale_factor": factor}
+    return {"postscale_factor": factor}

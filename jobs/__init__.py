@@ -1,0 +1,1 @@
+"""Complete training jobs: one file is one run."""

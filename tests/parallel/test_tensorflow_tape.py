@@ -1,0 +1,186 @@
+"""Gradient tapes on real ranks; true for any number of them."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import hpc_dl.tensorflow as hvd
+from hpc_dl.errors import MismatchError, OptionError, ReplicaDivergenceError
+
+
+@pytest.fixture(autouse=True)
+def _world():
+    hvd.init()
+
+
+@pytest.fixture(params=["eager", "graph"])
+def mode(request):
+    return tf.function if request.param == "graph" else lambda function: function
+
+
+def variables() -> list[tf.Variable]:
+    generator = np.random.default_rng(3)
+    return [
+        tf.Variable(generator.normal(size=(4, 3)), name="kernel"),
+        tf.Variable(np.zeros(3), name="bias"),
+    ]
+
+
+def batch(step: int, rows: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(step)
+    return generator.normal(size=(rows, 4)), generator.normal(size=(rows, 3))
+
+
+def loss_of(w, x, y):
+    return tf.reduce_mean(tf.square(tf.tanh(x @ w[0] + w[1]) - y))
+
+
+def step_of(w, wrap):
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = loss_of(w, x, y)
+        for variable, g in zip(w, wrap(tape).gradient(loss, w), strict=True):
+            variable.assign_sub(0.1 * g)
+        return loss
+
+    return step
+
+
+def distance(one, other) -> float:
+    return max(float(np.abs(a.numpy() - b.numpy()).max()) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"groups": 1}, {"gradient_predivide_factor": 3.0}, {"sparse_as_dense": True}],
+)
+def test_n_ranks_descend_like_one_with_n_times_the_batch(mode, options):
+    rows = 4 * hvd.size()
+    alone, together = variables(), variables()
+    step_alone = step_of(alone, lambda tape: tape)
+    step = mode(step_of(together, lambda tape: hvd.DistributedGradientTape(tape, **options)))
+    for number in range(4):
+        x, y = batch(number, rows)
+        step_alone(x, y)
+        step(tf.constant(x[hvd.rank() :: hvd.size()]), tf.constant(y[hvd.rank() :: hvd.size()]))
+    assert distance(alone, together) <= 1e-10
+
+
+def test_the_tape_can_be_wrapped_before_it_records():
+    w = tf.Variable([1.0, 2.0])
+    with hvd.DistributedGradientTape(tf.GradientTape(persistent=True)) as tape:
+        loss = tf.reduce_sum(w * w) * float(hvd.rank() + 1)
+    assert isinstance(tape, tf.GradientTape)
+    factor = (hvd.size() + 1) / 2
+    np.testing.assert_allclose(tape.gradient(loss, w), 2 * factor * w.numpy(), rtol=1e-6)
+    np.testing.assert_allclose(tape.gradient(loss, [w])[0], 2 * factor * w.numpy(), rtol=1e-6)
+
+
+def test_sources_may_be_nested_missing_sparse_and_tensors(mode):
+    table = tf.Variable(np.ones((8, 2)), name="table")
+    w, unused = tf.Variable(2.0, dtype=tf.float64), tf.Variable(1.0)
+    x = tf.constant(3.0, tf.float64)
+
+    def run(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            rows = tf.gather(table, [hvd.rank(), hvd.rank() + 1])
+            loss = tf.reduce_sum(rows) * w * x * float(hvd.rank() + 1)
+        tape = hvd.DistributedGradientTape(tape)
+        return tape.gradient(loss, {"t": table, "rest": [w, x, unused]})
+
+    result = mode(run)(x)
+    mean = (hvd.size() + 1) / 2
+    assert result["rest"][2] is None
+    assert float(result["rest"][0]) == pytest.approx(4 * 3 * mean)
+    assert float(result["rest"][1]) == pytest.approx(4 * 2 * mean)
+    assert isinstance(result["t"], tf.IndexedSlices)
+    expected = np.zeros((8, 2))
+    for rank in range(hvd.size()):
+        expected[rank : rank + 2] += 6 * (rank + 1) / hvd.size()
+    np.testing.assert_allclose(tf.convert_to_tensor(result["t"]), expected)
+
+
+def test_local_sources_keep_their_gradient():
+    a, b = tf.Variable(1.0, name="a"), tf.Variable(1.0, name="b")
+    with tf.GradientTape() as tape:
+        loss = (a + b) * float(hvd.rank() + 1)
+    tape = hvd.DistributedGradientTape(tape)
+    tape.register_local_source(b)
+    local, shared = tape.get_local_and_global_gradients(loss, [a, b])
+    assert float(shared[0][1]) == pytest.approx((hvd.size() + 1) / 2)
+    assert float(local[0][1]) == pytest.approx((hvd.rank() + 1) / hvd.size())
+
+
+def test_two_tapes_in_one_graph():
+    first, second = variables(), variables()
+
+    @tf.function
+    def step(x, y):
+        with tf.GradientTape() as one, tf.GradientTape() as two:
+            a, b = loss_of(first, x, y), loss_of(second, 2 * x, y)
+        one = hvd.DistributedGradientTape(one).gradient(a, first)
+        two = hvd.DistributedGradientTape(two).gradient(b, second)
+        return one, two
+
+    x, y = (tf.constant(part) for part in batch(hvd.rank(), 4))
+    one, two = step(x, y)
+    for gradients in (one, two):
+        for everyone in hvd.allgather_object([g.numpy().tobytes() for g in gradients]):
+            assert everyone == [g.numpy().tobytes() for g in gradients]
+
+
+def test_uneven_batches_join(mode):
+    w = variables()
+    step = mode(step_of(w, hvd.DistributedGradientTape))
+    for number in range(3 + 4 * hvd.rank()):
+        x, y = batch(number, 4)
+        step(tf.constant(x), tf.constant(y))
+    last = int(hvd.join())
+    assert last == hvd.size() - 1
+    # The last rank has made all steps; the others may take its weights and go on.
+    hvd.broadcast_variables(w, last)
+    step(*map(tf.constant, batch(0, 4)))
+
+
+def test_the_guard_compares_the_variables():
+    w = variables()
+    step = step_of(w, hvd.DistributedGradientTape)
+    x, y = (tf.constant(part) for part in batch(0, 4))
+    # Before the first step they may differ: scripts broadcast after the first batch.
+    w[0].assign_add(tf.ones_like(w[0]) * float(hvd.rank()))
+    step(x, y)
+    if hvd.size() == 1:
+        step(x, y)
+        return
+    with pytest.raises(ReplicaDivergenceError, match="'kernel:0'"):
+        step(x, y)
+    unguarded = step_of(w, lambda tape: hvd.DistributedGradientTape(tape, guard=False))
+    for _ in range(3):
+        unguarded(x, y)
+
+
+def test_other_variables_on_other_ranks_are_named():
+    if hvd.size() == 1:
+        pytest.skip("one rank cannot differ from itself")
+    w = tf.Variable(1.0, name=f"of_rank_{hvd.rank()}")
+    with tf.GradientTape() as tape:
+        loss = w * w
+    tape = hvd.DistributedGradientTape(tape)
+    with pytest.raises(MismatchError, match=r"'of_rank_0:0'.*'of_rank_1:0'"):
+        tape.gradient(loss, [w])
+
+
+def test_bad_options_are_named():
+    with pytest.raises(OptionError, match="GradientTape"):
+        hvd.DistributedGradientTape("tape")
+    with pytest.raises(OptionError, match="op=Average only"):
+        hvd.DistributedGradientTape(tf.GradientTape(), op=hvd.Sum, gradient_predivide_factor=2.0)
+    with pytest.raises(OptionError, match="bf16"):
+        hvd.DistributedGradientTape(tf.GradientTape(), compression="zip")
+    with pytest.raises(OptionError, match="no layer"):
+        hvd.PartialDistributedGradientTape(tf.GradientTape(), local_layers=[1])
