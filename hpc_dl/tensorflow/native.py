@@ -5,6 +5,7 @@ each starts as soon as its gradient is there. Other communicators, and types tha
 operations do not know, take the path over the host.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,11 +50,25 @@ def allreduce(
         host.check_graph()
         return _allreduce(comm, tensors, op, scale, name)
     try:
-        return _allreduce(comm, tensors, op, scale, name)
+        # One by one, eager calls would each wait for the ranks; in a graph they overlap.
+        # (Horovod's grouped call would too, but hangs when a rank has joined.)
+        results: list[Any] = _as_graph(comm, op, scale, name)(*tensors)
+        return results
     except tf.errors.OpError as error:
-        if "ismatched" in error.message:
-            raise MismatchError(f"ranks called different things: {error.message}") from error
-        raise
+        _, mismatch, detail = error.message.partition("Mismatched")
+        if not mismatch:
+            raise
+        said = detail.partition("\n")[0]
+        raise MismatchError(f"ranks called different things: mismatched{said}") from error
+
+
+@functools.lru_cache(maxsize=256)
+def _as_graph(comm: Any, op: Op, scale: float, name: str | None) -> Any:
+    @tf.function(autograph=False)  # type: ignore[untyped-decorator]
+    def run(*tensors: Any) -> list[Any]:
+        return _allreduce(comm, tensors, op, scale, name)
+
+    return run
 
 
 def _allreduce(
@@ -62,8 +77,6 @@ def _allreduce(
     hvd = comm.hvd
     factor = scale / comm.size if op is Op.AVERAGE else scale
     hvd_op = getattr(hvd, (Op.SUM if op is Op.AVERAGE else op).value.capitalize())
-    if tf.executing_eagerly() and len(tensors) > 1:
-        return _grouped(comm, tensors, hvd_op, factor, name)
     return [
         tf.cast(
             hvd.allreduce(
@@ -77,24 +90,6 @@ def _allreduce(
         )
         for i, t in enumerate(tensors)
     ]
-
-
-def _grouped(
-    comm: Any, tensors: Sequence[Any], hvd_op: Any, factor: float, name: str | None
-) -> list[Any]:
-    """Reduce the tensors of each type in one call: eager calls one by one would each wait."""
-    results: dict[int, Any] = {}
-    for dtype in dict.fromkeys(t.dtype for t in tensors):
-        members = [i for i, t in enumerate(tensors) if t.dtype == dtype]
-        reduced = comm.hvd.grouped_allreduce(
-            [tf.cast(tensors[i], _sent_as(dtype)) for i in members],
-            op=hvd_op,
-            name=None if name is None else f"{name}.{dtype.name}",
-            process_set=comm.process_set,
-            **_factors(dtype, factor),
-        )
-        results.update((i, tf.cast(r, dtype)) for i, r in zip(members, reduced, strict=True))
-    return [results[i] for i in range(len(tensors))]
 
 
 def _factors(dtype: Any, factor: float) -> dict[str, float]:

@@ -17,10 +17,13 @@ import xxhash
 
 from hpc_dl.comm import Communicator, Op, Work
 from hpc_dl.comm.protocol import Array
-from hpc_dl.errors import MismatchError, UnsupportedError
+from hpc_dl.errors import MismatchError, RanksJoinedError
 from hpc_dl.reduce import Reducer
 
 _CALLS, _JOINED = 1, 2
+
+#: What ranks that have joined take part in.
+_SERVED = frozenset({"allreduce", "reduce", "allgather", "alltoall", "barrier", "present"})
 
 
 class Call(NamedTuple):
@@ -80,6 +83,7 @@ class Group:
 
         Raises:
             MismatchError: on all ranks, naming two calls that differ.
+            RanksJoinedError: on all ranks: those that have joined cannot serve the call.
         """
         if self.comm.negotiates or self.comm.size == 1:
             return True
@@ -92,6 +96,8 @@ class Group:
             self._tell_joined(text, callers)
         if not (hashes[callers] == hashes[callers[0]]).all():
             self._raise_mismatch(text)
+        if len(callers) < self.comm.size:
+            self._check_served(call)
         return len(callers) == self.comm.size
 
     def all_present(self) -> bool:
@@ -187,7 +193,16 @@ class Group:
             text = self._tell_joined("", callers)
             if not (hashes[callers] == hashes[callers[0]]).all():
                 self._raise_mismatch("")
+            self._check_served(_parse(text))
             self._serve(_parse(text))
+
+    def _check_served(self, call: Call) -> None:
+        if call.what not in _SERVED:
+            raise RanksJoinedError(
+                f"some ranks have joined, and the others called {call.describe()}; after join() "
+                "only allreduce, allgather, alltoall and barrier go on. Call the other "
+                "collectives before join(), or after all ranks have joined"
+            )
 
     def _serve(self, call: Call) -> None:
         """Take part in a call of the others with zeros, or with no rows."""
@@ -195,20 +210,23 @@ class Group:
         if call.what == "allreduce":
             zeros = _zeros(rows, call.dtype)
             self.comm.allreduce(zeros, Op(call.op), call.scale)
-        elif call.what == "reduce" and call.name in self._reducers:
-            self._reducers[call.name].serve()
+        elif call.what == "reduce":
+            self._reducer(call.name).serve()
         elif call.what == "allgather":
             self.comm.allgather(np.zeros(rows, call.dtype))
         elif call.what == "alltoall":
             self.comm.alltoall([np.zeros(rows, call.dtype)] * self.comm.size)
         elif call.what == "barrier":
             self.comm.barrier()
-        elif call.what != "present":
-            raise UnsupportedError(
-                f"rank {self.comm.rank} has joined, and the others called {call.describe()}; "
-                "after join() only allreduce, allgather, alltoall and barrier go on. Call "
-                "the other collectives before join() or after all ranks have joined"
+
+    def _reducer(self, name: str) -> Reducer:
+        if name not in self._reducers:
+            raise MismatchError(
+                f"rank {self.comm.rank} has joined and cannot serve {name!r}: it has not made the "
+                "optimizer, or not reduced these gradients, that the others do. Make at least "
+                "one step on every rank before join()"
             )
+        return self._reducers[name]
 
 
 def _parse(text: str) -> Call:

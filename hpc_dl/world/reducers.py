@@ -96,7 +96,8 @@ def _groups(groups: Any) -> int | tuple[tuple[Any, ...], ...]:
     ):
         return tuple(tuple(group) for group in groups)
     raise OptionError(
-        f"groups={groups!r}: give a number of groups, 0 or more, or a list of lists of variables (not of names)"
+        f"groups={groups!r}: give a number of groups, 0 or more, or a list of lists of variables "
+        "(not of their names)"
     )
 
 
