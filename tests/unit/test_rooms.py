@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "launch": {"errors", "comm.abort", "comm.choose", "comm.launched"},
     "cli": {"errors", "launch", "comm"},
     "testing": CORE | {"torch", "tensorflow", "keras", "data", "observe", "launch"},
-    "jobs": {"errors", "data", "observe", "models", "training", "cli"},
+    "jobs": {"errors", "data", "observe", "models", "training", "cli", "world", "torch", "keras"},
 }
 #: Horovod calls its Keras adapter by two names; the second is this file, and holds nothing.
 ALIASES = {PACKAGE / "tensorflow" / "keras.py"}
