@@ -85,7 +85,7 @@ lint: .venv/stamp-all
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
 
-test-unit: .venv/stamp-all
+test-unit: horovod
 	$(PYTHON) -m pytest --doctest-modules --doctest-ignore-import-errors hpc_dl tests/unit \
 	    $(PYTEST_ARGS)
 

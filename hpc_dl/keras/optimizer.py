@@ -209,6 +209,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     >>> optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1))
     >>> type(optimizer) is type(keras.optimizers.SGD(0.1))
     True
+    >>> hvd.shutdown()
     """
     _check_optimizer(optimizer)
     if backward_passes_per_step < 1:

@@ -178,6 +178,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     >>> hvd.init()
     >>> model = torch.nn.Linear(2, 1)
     >>> optimizer = hvd.DistributedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1))
+    >>> hvd.shutdown()
     """
     _check_passes(backward_passes_per_step)
     if num_groups:
