@@ -31,6 +31,7 @@ class Binding(Protocol):
     def poll(self, handle: Any) -> bool: ...
     def allgather(self, x: Array, name: str, group: Any) -> Array: ...
     def alltoall(self, x: Array, rows: Array, name: str, group: Any) -> tuple[Array, Array]: ...
+    def join(self) -> int: ...
 
 
 class HorovodCommunicator(BaseCommunicator):
@@ -195,7 +196,7 @@ class HorovodCommunicator(BaseCommunicator):
 
     def join(self) -> int:
         """Serve the others' all-reduces with zeros until all ranks have joined."""
-        last = int(self.hvd.join())
+        last = self._binding.join()
         # Ranks have made different numbers of calls, and the numbers are in the names.
         self._joins += 1
         counts = np.array([[self._started, self._queued]], np.int64).view(np.uint8)

@@ -64,3 +64,9 @@ class TensorFlowBinding:
             process_set=group,
         )
         return output.numpy(), received.numpy()
+
+    def join(self) -> int:
+        """Serve the others' all-reduces until all ranks have joined; return the last one."""
+        # TensorFlow takes Horovod's operation for a constant, and a second eager call would
+        # return the first one's result at once. A new graph makes it run.
+        return int(tf.function(lambda: hvd.join(), autograph=False)())

@@ -62,3 +62,7 @@ class TorchBinding:
         splits = torch_view(rows.astype(np.int32))
         output, received = hvd.alltoall(torch_view(x), splits, name=name, process_set=group)
         return output.numpy(), received.numpy()
+
+    def join(self) -> int:
+        """Serve the others' all-reduces until all ranks have joined; return the last one."""
+        return int(hvd.join())

@@ -28,6 +28,7 @@ class DistributedGradientTape(tf.GradientTape):
     >>> tape = hvd.DistributedGradientTape(tape)
     >>> tape.gradient(loss, [w])[0].numpy().tolist()
     [2.0, 4.0]
+    >>> hvd.shutdown()
     """
 
     def __init__(

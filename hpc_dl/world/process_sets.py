@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hpc_dl.errors import NotInitializedError, OptionError
+from hpc_dl.errors import MismatchError, NotInitializedError, OptionError
 from hpc_dl.world.group import Group
 from hpc_dl.world.state import World, current
 
@@ -101,7 +101,7 @@ def _agree_on(world: World, ranks: Sequence[int]) -> None:
     masks = world.comm.exchange(mask)
     if (masks != masks[0]).any():
         sets = [np.flatnonzero(row).tolist() for row in masks]
-        raise OptionError(f"add_process_set: ranks 0..{len(sets) - 1} gave different sets: {sets}")
+        raise MismatchError(f"add_process_set: ranks 0..{len(sets) - 1} gave different sets: {sets}")
 
 
 def remove_process_set(process_set: ProcessSet) -> bool:

@@ -246,9 +246,9 @@ def test_ranks_that_differ_are_told_how():
     if hvd.size() == 1:
         pytest.skip("one rank cannot differ from itself")
     x = tf.zeros(hvd.rank() + 1)
-    with pytest.raises(MismatchError, match=r"shape.*\b1\b.*\b2\b"):
+    with pytest.raises(MismatchError, match=r"shape \W\d\W.*shape \W\d\W"):
         hvd.allreduce(x, name="x")
-    with pytest.raises(tf.errors.OpError, match=r"ismatch.*\b1\b.*\b2\b"):
+    with pytest.raises(tf.errors.OpError, match=r"ismatch.*shape \W\d\W.*shape \W\d\W"):
         tf.function(lambda x: hvd.allreduce(x, name="x"))(x)
 
 
