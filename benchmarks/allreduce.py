@@ -1,11 +1,16 @@
 """Time of an all-reduce inside a node: hpc_dl against Horovod, mpi4py and gloo, in one run.
 
-    python benchmarks/allreduce.py [--ranks 2,4] [--repeats 11] [--plot FILE] [--json FILE]
+    python benchmarks/allreduce.py [--ranks 2,4] [--sizes 4KB,100MB] [--repeats 11]
+                                   [--apart] [--plot FILE] [--json FILE] [--markdown FILE]
 
 All peers live in the same processes and take turns within every repetition, with the copy
 beside them: a plain copy of the same bytes by every rank at once, which is the limit of a
 reduction in shared memory. A time is that of the slowest rank. Figures are medians, the
 spread is that between the quartiles, and ratios are medians of ratios within a repetition.
+
+Horovod and gloo have threads that stay awake beside the others. ``--apart`` gives each
+library processes of its own, with a copy in each, to show what that changes; its ratios to
+the copy can be compared with those of a run without it.
 """
 
 import argparse
@@ -14,7 +19,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,11 +27,35 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-SIZES = {"4 KB": 4 << 10, "256 KB": 256 << 10, "4 MB": 4 << 20, "32 MB": 32 << 20}
-SIZES["100 MB"] = 100 << 20
-WINDOW, ORDINARY, OVER_HOROVOD = "hpc_dl mpi", "hpc_dl mpi, any buffer", "hpc_dl horovod"
+SIZES = "4KB,256KB,4MB,32MB,100MB"
+UNITS = {"KB": 1 << 10, "MB": 1 << 20}
+WINDOW, ORDINARY, OVER_HOROVOD = "hpc_dl mpi", "hpc_dl mpi (any buffer)", "hpc_dl horovod"
 HOROVOD, MPI4PY, GLOO, COPY = "horovod.torch", "mpi4py", "torch gloo", "copy"
 PEERS = (WINDOW, ORDINARY, OVER_HOROVOD, HOROVOD, MPI4PY, GLOO, COPY)
+#: Peers that can be measured in processes without the other libraries.
+FAMILIES = ((WINDOW, ORDINARY, MPI4PY), (OVER_HOROVOD,), (HOROVOD,), (GLOO,))
+#: Pairs whose ratio of times is printed.
+RATIOS = (
+    (WINDOW, COPY),
+    (ORDINARY, COPY),
+    (HOROVOD, WINDOW),
+    (GLOO, WINDOW),
+    (MPI4PY, WINDOW),
+    (HOROVOD, OVER_HOROVOD),
+)
+
+#: Of each peer, the seconds of a call in each repetition.
+Seconds = dict[str, list[float]]
+#: By the number of bytes, as written.
+Results = dict[str, Seconds]
+
+
+def bytes_of(text: str) -> int:
+    """Read ``4KB`` or ``100MB``."""
+    number, unit = text[:-2], text[-2:].upper()
+    if unit not in UNITS or not number.isdigit():
+        raise SystemExit(f"bad size {text!r}; write a number and KB or MB, as in 256KB")
+    return int(number) * UNITS[unit]
 
 
 def calls(nbytes: int) -> int:
@@ -34,8 +63,8 @@ def calls(nbytes: int) -> int:
     return max(1, min(100, (8 << 20) // nbytes))
 
 
-class Peers(NamedTuple):
-    """The started libraries of one rank."""
+class Libraries(NamedTuple):
+    """The libraries of one rank; None where a library is not measured."""
 
     mpi: Any
     ours: Any
@@ -44,53 +73,62 @@ class Peers(NamedTuple):
     gloo: Any
 
 
-def start_peers(folder: str) -> Peers:
-    """Start every library on this rank."""
+def start_libraries(peers: Sequence[str], folder: str) -> Libraries:
+    """Start what the peers need on this rank."""
     from hpc_dl.comm import make
 
     # First, so that MPI starts as it does in a job.
     ours, _ = make("mpi")
-
-    import horovod.torch as horovod
-    import torch.distributed as gloo
     from mpi4py import MPI
 
-    ours_horovod, _ = make("horovod", "torch")
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = f"file://{folder}/gloo-{ours.size}"
-    gloo.init_process_group("gloo", init_method=store, rank=ours.rank, world_size=ours.size)
-    return Peers(MPI, ours, ours_horovod, horovod, gloo)
+    ours_horovod = horovod = gloo = None
+    if OVER_HOROVOD in peers:
+        ours_horovod, _ = make("horovod", "torch")
+    if HOROVOD in peers:
+        import horovod.torch as horovod
+
+        horovod.init()
+    if GLOO in peers:
+        import torch.distributed as gloo
+
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        store = f"file://{folder}/gloo-{ours.size}"
+        gloo.init_process_group("gloo", init_method=store, rank=ours.rank, world_size=ours.size)
+    return Libraries(MPI, ours, ours_horovod, horovod, gloo)
 
 
-def operations(peers: Peers, nbytes: int) -> dict[str, Callable[[], Any]]:
+def operations(
+    libraries: Libraries, peers: Sequence[str], nbytes: int
+) -> dict[str, Callable[[], Any]]:
     """Return for each peer a function that sums ``nbytes`` of float32 over the ranks."""
     import torch
 
+    mpi, ours, ours_horovod, horovod, gloo = libraries
     count = nbytes // 4
-    window = peers.ours.allocate(nbytes).view(np.float32)
-    source = peers.ours.allocate(nbytes).view(np.float32)
-    ordinary, for_horovod, for_mpi = (np.ones(count, np.float32) for _ in range(3))
-    raw, for_gloo = torch.ones(count), torch.ones(count)
-    world = peers.mpi.COMM_WORLD
-    return {
-        WINDOW: lambda: peers.ours.allreduce(window),
-        ORDINARY: lambda: peers.ours.allreduce(ordinary),
-        OVER_HOROVOD: lambda: peers.ours_horovod.allreduce(for_horovod, name=f"ours.{nbytes}"),
-        HOROVOD: lambda: peers.horovod.allreduce_(raw, op=peers.horovod.Sum, name=f"raw.{nbytes}"),
-        MPI4PY: lambda: world.Allreduce(peers.mpi.IN_PLACE, for_mpi),
-        GLOO: lambda: peers.gloo.all_reduce(for_gloo),
+    window, source = (ours.allocate(nbytes).view(np.float32) for _ in range(2))
+    array = {peer: np.ones(count, np.float32) for peer in peers}
+    tensor = {peer: torch.from_numpy(array[peer]) for peer in peers}
+    every: dict[str, Callable[[], Any]] = {
+        WINDOW: lambda: ours.allreduce(window),
+        ORDINARY: lambda: ours.allreduce(array[ORDINARY]),
+        OVER_HOROVOD: lambda: ours_horovod.allreduce(array[OVER_HOROVOD], name=f"ours.{nbytes}"),
+        HOROVOD: lambda: horovod.allreduce_(tensor[HOROVOD], op=horovod.Sum, name=f"raw.{nbytes}"),
+        MPI4PY: lambda: mpi.COMM_WORLD.Allreduce(mpi.IN_PLACE, array[MPI4PY]),
+        GLOO: lambda: gloo.all_reduce(tensor[GLOO]),
         COPY: lambda: np.copyto(window, source),
     }
+    return {peer: every[peer] for peer in peers}
 
 
-def measure(peers: Peers, nbytes: int, repeats: int) -> dict[str, list[float]]:
+def measure(libraries: Libraries, peers: Sequence[str], nbytes: int, repeats: int) -> Seconds:
     """Return the seconds of one call of each peer, a value for each repetition."""
-    world, mpi = peers.mpi.COMM_WORLD, peers.mpi
-    operation = operations(peers, nbytes)
-    seconds: dict[str, list[float]] = {peer: [] for peer in PEERS}
+    mpi = libraries.mpi
+    world = mpi.COMM_WORLD
+    operation = operations(libraries, peers, nbytes)
+    seconds: Seconds = {peer: [] for peer in peers}
     for repeat in range(-2, repeats):
-        shift = repeat % len(PEERS)
-        for peer in PEERS[shift:] + PEERS[:shift]:
+        shift = repeat % len(peers)
+        for peer in (*peers[shift:], *peers[:shift]):
             number, call = calls(nbytes), operation[peer]
             world.Barrier()
             start = time.perf_counter()
@@ -103,43 +141,81 @@ def measure(peers: Peers, nbytes: int, repeats: int) -> dict[str, list[float]]:
     return seconds
 
 
-def rank_main(repeats: int, folder: str) -> None:
+def rank_main(peers: Sequence[str], sizes: Sequence[str], repeats: int, folder: str) -> None:
     """Measure on this rank; rank 0 writes the results."""
     import torch
 
     torch.set_num_threads(1)
-    peers = start_peers(folder)
-    results = {label: measure(peers, nbytes, repeats) for label, nbytes in SIZES.items()}
-    if peers.ours.rank == 0:
+    libraries = start_libraries(peers, folder)
+    results = {size: measure(libraries, peers, bytes_of(size), repeats) for size in sizes}
+    if libraries.ours.rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
 
 
-def launch_ranks(ranks: int, repeats: int) -> dict[str, dict[str, list[float]]]:
+def measure_on(ranks: int, peers: Sequence[str], sizes: Sequence[str], repeats: int) -> Results:
     """Run this program on some ranks and return what they measured."""
     from hpc_dl.launch.request import Request, launch
 
     with tempfile.TemporaryDirectory() as folder:
+        arguments = ["--peers", ",".join(peers), "--sizes", ",".join(sizes)]
         request = Request(
             script=__file__,
-            arguments=["--repeats", str(repeats), "--folder", folder],
+            arguments=[*arguments, "--repeats", str(repeats), "--folder", folder],
             ranks=ranks,
             environment={"OMP_NUM_THREADS": "1"},
         )
         code = launch(request, sys.stdout.buffer, sys.stderr.buffer).code
         if code:
             sys.exit(code)
-        results: dict[str, dict[str, list[float]]] = json.loads(
-            Path(folder, "results.json").read_text()
-        )
+        results: Results = json.loads(Path(folder, "results.json").read_text())
         return results
 
 
-def ratio(result: dict[str, list[float]], one: str, other: str) -> float:
+def measure_apart(ranks: int, sizes: Sequence[str], repeats: int) -> Results:
+    """Measure each family in processes of its own; the copy is that beside the first."""
+    together: Results = {size: {} for size in sizes}
+    for family in FAMILIES:
+        for size, result in measure_on(ranks, (*family, COPY), sizes, repeats).items():
+            beside = np.median(result[COPY])
+            copy = together[size].setdefault(COPY, result[COPY])
+            # Given as if the copy were as fast as beside the first family.
+            factor = float(np.median(copy) / beside)
+            together[size].update(
+                {peer: [factor * second for second in result[peer]] for peer in family}
+            )
+    return {size: {peer: result[peer] for peer in PEERS} for size, result in together.items()}
+
+
+def ratio(result: Seconds, one: str, other: str) -> float:
     """Return the median, over the repetitions, of one peer's time over another's."""
     return float(np.median(np.array(result[one]) / np.array(result[other])))
 
 
-def show(ranks: int, results: dict[str, dict[str, list[float]]], console: Console) -> None:
+def markdown(ranks: int, results: Results) -> str:
+    """Write the medians with their quartiles, and the ratios, as two tables of a document."""
+    peers = [peer for peer in PEERS if peer in next(iter(results.values()))]
+    lines = [
+        f"| {ranks} ranks, ms | " + " | ".join(peers) + " |",
+        "|---|" + "---|" * len(peers),
+    ]
+    for size, result in results.items():
+        cells = []
+        for peer in peers:
+            low, middle, high = np.percentile(np.array(result[peer]) * 1e3, [25, 50, 75])
+            cells.append(f"{middle:.3g} ({low:.3g}-{high:.3g})")
+        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        f"| {ranks} ranks, ratios | " + " | ".join(f"{a} / {b}" for a, b in RATIOS) + " |",
+        "|---|" + "---|" * len(RATIOS),
+    ]
+    for size, result in results.items():
+        cells = [f"{ratio(result, *pair):.2f}" for pair in RATIOS]
+        lines.append(f"| {size} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def show(ranks: int, results: Results, console: Console) -> None:
     """Print the times, then the ratios."""
     times = Table(title=f"{ranks} ranks: milliseconds, median and quartiles")
     times.add_column("bytes")
@@ -153,18 +229,14 @@ def show(ranks: int, results: dict[str, dict[str, list[float]]], console: Consol
         times.add_row(label, *cells)
     console.print(times)
     ratios = Table(title=f"{ranks} ranks: ratios")
-    for column in ("bytes", f"{WINDOW} / {COPY}", f"{ORDINARY} / {COPY}"):
+    for column in ("bytes", *(f"{one} / {other}" for one, other in RATIOS)):
         ratios.add_column(column, justify="right")
-    others = [(HOROVOD, WINDOW), (GLOO, WINDOW), (MPI4PY, WINDOW), (HOROVOD, OVER_HOROVOD)]
-    for one, other in others:
-        ratios.add_column(f"{one} / {other}", justify="right")
     for label, result in results.items():
-        pairs = [(WINDOW, COPY), (ORDINARY, COPY), *others]
-        ratios.add_row(label, *(f"{ratio(result, *pair):.2f}" for pair in pairs))
+        ratios.add_row(label, *(f"{ratio(result, *pair):.2f}" for pair in RATIOS))
     console.print(ratios)
 
 
-def plot(everything: dict[int, dict[str, dict[str, list[float]]]], path: Path) -> None:
+def plot(everything: dict[int, Results], path: Path) -> None:
     """Draw the medians, a panel for each number of ranks."""
     import matplotlib
 
@@ -199,21 +271,35 @@ def main() -> None:
     """Launch the ranks and print what they measured."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", default="2,4")
+    parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--apart", action="store_true")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--folder", help="(used between the processes of a run)")
+    parser.add_argument("--markdown", type=Path)
+    parser.add_argument("--peers", default=",".join(PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    sizes, repeats = options.sizes.split(","), options.repeats
+    for size in sizes:
+        bytes_of(size)
     if options.folder:
-        rank_main(options.repeats, options.folder)
+        rank_main(options.peers.split(","), sizes, repeats, options.folder)
         return
-    everything = {int(n): launch_ranks(int(n), options.repeats) for n in options.ranks.split(",")}
+    everything: dict[int, Results] = {
+        ranks: measure_apart(ranks, sizes, repeats)
+        if options.apart
+        else measure_on(ranks, PEERS, sizes, repeats)
+        for ranks in map(int, options.ranks.split(","))
+    }
     for ranks, results in everything.items():
         show(ranks, results, Console(width=130))
     if options.plot:
         plot(everything, options.plot)
     if options.json:
         options.json.write_text(json.dumps(everything))
+    if options.markdown:
+        options.markdown.write_text("\n".join(markdown(*item) for item in everything.items()))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     HpcDlError
     ├── OptionError (ValueError)          a name, option or value that is not allowed
-    ├── NotInitializedError (RuntimeError) a collective before init()
+    ├── NotInitializedError (RuntimeError, ValueError) a collective before init()
     ├── MissingComponentError (ImportError) a library, tool or build that is not there
     ├── UnsupportedError (TypeError)      a request this communicator or type cannot serve
     │   └── RanksJoinedError              ... because some ranks are out of batches
@@ -32,7 +32,7 @@ class OptionError(HpcDlError, ValueError):
         return cls(f"unknown {kind} {given!r}; valid: {choices}")
 
 
-class NotInitializedError(HpcDlError, RuntimeError):
+class NotInitializedError(HpcDlError, RuntimeError, ValueError):
     """A rank, a size or a collective was asked for before ``init()``."""
 
 

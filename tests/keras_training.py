@@ -37,22 +37,27 @@ OPTIMIZERS: dict[str, Maker] = {
 def floatx(name: str):
     """Set Keras' default type for a while."""
     before = keras.config.floatx()
-    keras.config.set_floatx(name)
+    _set_type(name)
     try:
         yield
     finally:
-        keras.config.set_floatx(before)
+        _set_type(before)
+
+
+def _set_type(name: str) -> None:
+    keras.config.set_floatx(name)
+    keras.config.set_dtype_policy(name)
 
 
 def model(seed: int = 7) -> Any:
     """Make a model whose initial weights depend on the seed alone."""
-    keras.utils.clear_session()
     net = keras.Sequential(
         [
             keras.Input((5,)),
-            keras.layers.Dense(8, activation="tanh"),
-            keras.layers.Dense(3),
-        ]
+            keras.layers.Dense(8, activation="tanh", name="hidden"),
+            keras.layers.Dense(3, name="out"),
+        ],
+        name="net",
     )
     generator = np.random.default_rng(seed)
     net.set_weights([generator.normal(size=w.shape) * 0.3 for w in net.get_weights()])

@@ -4,7 +4,8 @@
     python tests/run_parallel.py --sizes 2 --comm mpi tests/parallel/test_torch_optimizer.py -k adam
 
 Without a path the files of each framework get launches of their own, as a process starts one
-world. What is not an option of this program goes to pytest.
+world; those of Keras one for each of its backends. What is not an option of this program goes
+to pytest.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from hpc_dl.launch.request import Request, launch
 
 HERE = Path(__file__).resolve().parent
 FRAMEWORKS = ("torch", "tensorflow", "keras")
+KERAS_BACKENDS = ("tensorflow", "torch")
 
 #: Exit code of pytest when nothing was selected, as a `-k` may do to one group.
 NOTHING_SELECTED = 5
@@ -29,6 +31,8 @@ class Group:
 
     name: str
     paths: tuple[str, ...]
+    keras_backend: str = ""
+    """For KERAS_BACKEND, which a process reads once; empty: as it is set."""
 
 
 def groups(folder: Path) -> list[Group]:
@@ -37,7 +41,9 @@ def groups(folder: Path) -> list[Group]:
     for path in sorted(folder.glob("test_*.py")):
         word = path.stem.split("_")[1]
         sorted_files.setdefault(word if word in FRAMEWORKS else "other", []).append(str(path))
-    return [Group(name, tuple(paths)) for name, paths in sorted_files.items()]
+    keras = tuple(sorted_files.pop("keras", ()))
+    on_keras = [Group(f"keras on {name}", keras, name) for name in KERAS_BACKENDS if keras]
+    return [*(Group(name, tuple(paths)) for name, paths in sorted_files.items()), *on_keras]
 
 
 def run(group: Group, size: int, comm: str, timeout: float, options: list[str]) -> bool:
@@ -52,13 +58,17 @@ def run(group: Group, size: int, comm: str, timeout: float, options: list[str]) 
         ranks=size,
         module=True,
         timeout=timeout,
-        environment={"HPC_DL_COMM": comm},
+        environment={"HPC_DL_COMM": comm, **_backend(group)},
     )
     code = launch(request, sys.stdout.buffer, sys.stderr.buffer).code
     passed = code in (0, NOTHING_SELECTED)
     state = "passed" if passed else f"FAILED with exit code {code}"
     print(f"== {title}: {state} in {time.monotonic() - start:.1f} s\n", flush=True)
     return passed
+
+
+def _backend(group: Group) -> dict[str, str]:
+    return {"KERAS_BACKEND": group.keras_backend} if group.keras_backend else {}
 
 
 def main(arguments: list[str]) -> int:

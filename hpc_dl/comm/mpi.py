@@ -32,7 +32,8 @@ STAGE_BYTES_BETWEEN_NODES = 16 << 20
 
 #: What goes straight to MPI while it is small: float32, float64; sums.
 _QUICK_TYPES = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
-_QUICK_OPS = {Op.SUM: MPI.SUM, Op.AVERAGE: MPI.SUM}
+# Looking an op up by its name in the enumeration takes as long as the other checks together.
+_SUM, _AVERAGE, _IN_PLACE, _MPI_SUM = Op.SUM, Op.AVERAGE, MPI.IN_PLACE, MPI.SUM
 
 _MPI_OPS = {Op.SUM: MPI.SUM, Op.MIN: MPI.MIN, Op.MAX: MPI.MAX, Op.PRODUCT: MPI.PROD}
 
@@ -72,7 +73,6 @@ class MpiCommunicator(BaseCommunicator):
         self.homogeneous = bool(sizes.min() == sizes.max())
         # Every node cuts a buffer into the same shares, one for each of its first ranks.
         self._shares = int(sizes.min())
-        self._nodes = self._cross.size if self.local_rank < self._shares else 1
         self._alone = bool(sizes.max() == 1)
         self._one_node = bool(sizes.min() == comm.size)
         self._barrier_of_node = NodeBarrier(self._node)
@@ -106,18 +106,21 @@ class MpiCommunicator(BaseCommunicator):
             and x.dtype in _QUICK_TYPES
             and 0 < x.nbytes <= SMALL_BYTES
             and x.flags.carray
-            and op in _QUICK_OPS
+            and (op is _SUM or op is _AVERAGE)
             and self._queue.idle()
         ):
             self.watch.begin("allreduce", x)
             try:
-                self._comm.Allreduce(MPI.IN_PLACE, x, _QUICK_OPS[op])
+                with self._queue.running:
+                    self._comm.Allreduce(_IN_PLACE, x, _MPI_SUM)
             finally:
                 self.watch.end()
-            if op == Op.AVERAGE:  # which may be given by name
+            if op is _AVERAGE:
                 scale /= self.size
-            if scale != 1.0:
+            if abs(scale) > 1.0:
                 scale_in_place(x.reshape(-1), scale)
+            elif scale != 1.0:
+                np.multiply(x, x.dtype.type(scale), out=x)  # which cannot overflow
             return x
         return super().allreduce(x, op, scale, name)
 
@@ -194,15 +197,18 @@ class MpiCommunicator(BaseCommunicator):
     def _allreduce_device(self, x: Any, op: Op, scale: float) -> None:
         if self.cuda is CudaMode.ERROR:
             super()._allreduce_device(x, op, scale)
-        elif self.cuda is CudaMode.STAGE:
+            return
+        # This may be the communication thread, whose streams are not those of the caller.
+        _wait_for_device(x)
+        if self.cuda is CudaMode.STAGE or x.dtype.itemsize == 2:  # MPI has no 16-bit floats
             host = x.detach().cpu().contiguous()
             self._allreduce(host_view(host).reshape(-1), op, scale)
             x.copy_(host)
         else:
-            _wait_for_stream(x)
             self._comm.Allreduce(MPI.IN_PLACE, x, _MPI_OPS[op])
             if scale != 1.0:
                 x.mul_(scale)
+        _wait_for_device(x)
 
     def check_device(self, x: Any) -> None:
         """Refuse a CUDA tensor, unless it may be copied through the host."""
@@ -236,8 +242,9 @@ class MpiCommunicator(BaseCommunicator):
             self._broadcast(host_view(host).reshape(-1), root)
             x.copy_(host)
         else:
-            _wait_for_stream(x)
+            _wait_for_device(x)
             self._comm.Bcast(x, root)
+            _wait_for_device(x)
 
     def _alltoall(self, parts: list[Array]) -> list[Array]:
         shape, dtype = parts[0].shape[1:], parts[0].dtype
@@ -291,12 +298,15 @@ class MpiCommunicator(BaseCommunicator):
         return self._window_views(x) is not None
 
     def close(self) -> None:
-        """Finish what is pending and free windows and communicators. All ranks call it."""
+        """Finish what is pending and free communicators. All ranks call it.
+
+        Memory from ``allocate`` stays until MPI ends: gradients of the caller may lie in it.
+        """
         super().close()
         if self._comm == MPI.COMM_NULL:
             return
         self.watch.arrivals = None
-        for segment in (*self._segments, self._stage, self._counters):
+        for segment in (self._stage, self._counters):
             if segment is not None:
                 window.free(segment)
         self._segments, self._stage, self._counters = [], None, None
@@ -362,8 +372,8 @@ def _mpi_reduces(flat: Array, op: Op) -> bool:
     return integer or (op in (Op.SUM, Op.PRODUCT) and flat.dtype.kind in "fc" and flat.itemsize > 2)
 
 
-def _wait_for_stream(x: Any) -> None:
-    """Make sure that the kernels that write ``x`` have ended: MPI knows no streams."""
+def _wait_for_device(x: Any) -> None:
+    """Make sure that the kernels that use ``x`` have ended: MPI knows no streams."""
     import torch
 
-    torch.cuda.current_stream(x.device).synchronize()
+    torch.cuda.synchronize(x.device)

@@ -1,23 +1,29 @@
 """A barrier on shared memory that waits politely.
 
 MPI's barriers spin: on a node filled with ranks, a communication thread that spins takes the
-core from the thread that computes gradients. This one looks for a moment, then sleeps between
-looks, and lets go of Python's lock all the while.
+core from the thread that computes gradients. This one offers the core to others between looks,
+after a moment sleeps between looks, and lets go of Python's lock all the while.
 """
 
+import ctypes
 import time
 
 from mpi4py import MPI
 
 from hpc_dl.comm import window
 
-#: Looks without a sleep, a microsecond each: the other ranks are usually that near.
-EAGER_LOOKS = 50
+#: Looks without a sleep, a microsecond each if no other thread wants the core: the other
+#: ranks are usually that near, or wait for this very core.
+EAGER_LOOKS = 100
 #: Seconds between later looks; the kernel rounds this up to its timer slack of 50 us.
 NAP = 1e-5
 
 #: A counter that each rank writes has a cache line of its own.
 CACHE_LINE = 64
+
+
+#: Python's own os.sched_yield keeps Python's lock, time.sleep(0) the core.
+_yield_core = ctypes.CDLL(None).sched_yield
 
 
 class NodeBarrier:
@@ -42,7 +48,10 @@ class NodeBarrier:
             looks = 0
             while counter[0] < self._arrivals:
                 looks += 1
-                time.sleep(0 if looks < EAGER_LOOKS else NAP)
+                if looks < EAGER_LOOKS:
+                    _yield_core()
+                else:
+                    time.sleep(NAP)
         self._segment.window.Sync()
 
     def free(self) -> None:

@@ -50,6 +50,9 @@ class CommQueue:
         self._calls: queue.SimpleQueue[QueuedWork | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._last: QueuedWork | None = None
+        # Held while a call runs: two threads of a rank must never be in collectives at once.
+        self.running = threading.RLock()
+        self._beginning = threading.Lock()
 
     def submit(self, call: Callable[[], Any]) -> QueuedWork:
         """Run ``call`` on the communication thread, after all calls before it."""
@@ -57,16 +60,23 @@ class CommQueue:
         if not self._threaded:
             work.run()
             return work
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
-            self._thread.start()
+        self._begin()
         self._last = work
         self._calls.put(work)
         return work
 
+    def _begin(self) -> None:
+        with self._beginning:
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._serve, name=self._name, daemon=True)
+                self._thread.start()
+
     def run(self, call: Callable[[], Any]) -> Any:
         """Run ``call`` after all calls before it and return its result."""
-        return call() if self.idle() else self.submit(call).wait()
+        if not self.idle():
+            return self.submit(call).wait()
+        with self.running:
+            return call()
 
     def idle(self) -> bool:
         """Tell whether a call made now by this thread would come after all those before it."""
@@ -77,7 +87,8 @@ class CommQueue:
 
     def _serve(self) -> None:
         while (work := self._calls.get()) is not None:
-            work.run()
+            with self.running:
+                work.run()
 
     def close(self) -> None:
         """Finish what is pending and end the thread."""

@@ -48,7 +48,7 @@ class Watch:
         self.elsewhere = False
         """Whether some ranks are on other nodes."""
         self._name, self._rank, self._size = name, rank, size
-        self._current: tuple[str, Any, float] | None = None
+        self._current: tuple[str, Any] | None = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -59,32 +59,35 @@ class Watch:
             self._thread.start()
         if self.arrivals is not None:
             self.arrivals.count()
-        self._current = (what, x, time.monotonic())
+        self._current = (what, x)
 
     def end(self) -> None:
         """Say that the collective is over."""
         self._current = None
 
     def _observe(self) -> None:
-        reported, due = None, 0.0
+        """Look now and then whether the collective is still the same.
+
+        So the collectives themselves need not ask for the time.
+        """
+        seen, since, due = None, 0.0, 0.0
         while not self._closing.wait(self._interval()):
-            current = self._current
-            if current is None:
+            current, now = self._current, time.monotonic()
+            if current is None or current is not seen:
+                seen, since, due = current, now, self.warn_seconds
                 continue
-            if current is not reported:
-                due = self.warn_seconds
-            waited = time.monotonic() - current[2]
+            waited = now - since
             if self.warn_seconds > 0 and due <= waited:
-                reported, due = current, 2 * waited
-                log.warning("%s", self._report(current[0], current[1], waited))
+                due = 2 * waited
+                log.warning("%s", self._report(*current, waited))
             if 0 < self.abort_seconds <= waited:
-                report = self._report(current[0], current[1], waited)
+                report = self._report(*current, waited)
                 log.error("%s; ending the job after %.0f s (stall abort)", report, waited)
                 end_job(1)
 
     def _interval(self) -> float:
         limits = [s for s in (self.warn_seconds, self.abort_seconds) if s > 0]
-        return min(1.0, *(s / 4 for s in limits)) if limits else 1.0
+        return min(1.0, *(s / 8 for s in limits)) if limits else 1.0
 
     def _report(self, what: str, x: Any, waited: float) -> str:
         shape, dtype = tuple(getattr(x, "shape", ())), getattr(x, "dtype", "")

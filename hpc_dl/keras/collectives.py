@@ -65,7 +65,7 @@ def broadcast_variables(
     targets = list(variables)
     arrays = [backend.to_numpy(v) for v in targets]
     check_parameters(
-        process_set.group().comm,
+        process_set.group(),
         [
             Described(getattr(v, "path", v.name), array.shape, array.dtype.name)
             for v, array in zip(targets, arrays, strict=True)

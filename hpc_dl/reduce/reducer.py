@@ -4,6 +4,7 @@ Buckets go out in one fixed order on all ranks, whatever the order in which grad
 ready, so ranks can never wait for each other in different buckets.
 """
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ class Reducer:
         scale: float = 1.0,
         buffers: Sequence[Any] | None = None,
         agree: Callable[[], object] | None = None,
+        name: str | None = None,
     ):
         """Allocate the buckets; all ranks call this alike.
 
@@ -47,8 +49,9 @@ class Reducer:
             scale: a factor on the result.
             buffers: one flat buffer for each bucket, for memory of a GPU; by default NumPy
                 arrays from ``comm.allocate``, in which reduction is fastest.
-            agree: called once in each step, in the order of the collectives, before the
-                first bucket: where ranks make sure that they are in the same step.
+            agree: called before each bucket, in the order of the collectives: where ranks
+                make sure that all are about to reduce it.
+            name: the same on all ranks; by which Horovod knows the buckets again.
         """
         self.layout = layout
         self.buffers: list[Any] = (
@@ -60,10 +63,12 @@ class Reducer:
             else list(buffers)
         )
         self._comm, self._op, self._scale, self._agree = comm, op, scale, agree
+        self._name = name
         self._overlap = len(layout.buckets) > 1 and layout.nbytes >= OVERLAP_BYTES
         self._missing = [0] * len(layout.buckets)
-        self._next = 0
+        self._next, self._served = 0, 0
         self._works: list[Work] = []
+        self._error: BaseException | None = None
         self._steps, self._bytes, self._waited = 0, 0, 0.0
         self._rearm()
 
@@ -82,57 +87,70 @@ class Reducer:
             while self._next < len(self._missing) and self._missing[self._next] <= 0:
                 self._start(self._next)
 
-    def missing(self) -> bool:
-        """Tell whether any bucket of this step waits for a gradient."""
-        return any(count > 0 for count in self._missing)
-
-    @property
-    def started(self) -> bool:
-        """Whether a bucket of this step is on its way."""
-        return self._next > 0
-
     def finish(self) -> None:
         """Reduce what has not been reduced and wait for all; the buckets then hold results.
 
         Gradients that were not reported ready count with what their place holds.
         """
         begin = time.perf_counter()
-        if self._overlap:
-            while self._next < len(self.buffers):
-                self._start(self._next)
-            works, self._works = self._works, []
-            for work in works:
-                work.wait()
-        else:
-            self._agree_now()
-            for buffer in self.buffers:
-                self._comm.allreduce(buffer, self._op, self._scale)
+        try:
+            self._finish()
+        finally:
+            self._rearm()
         self._waited += time.perf_counter() - begin
         self._steps += 1
         self._bytes += 2 * (self._comm.size - 1) * self.layout.nbytes // self._comm.size
-        self._rearm()
+
+    def _finish(self) -> None:
+        if not self._overlap and not self._comm.negotiates:
+            for bucket in range(len(self.buffers)):
+                self._reduce(bucket)
+            return
+        while self._next < len(self.buffers):
+            self._start(self._next)
+        errors = []
+        for work in self._works:
+            try:
+                work.wait()
+            except BaseException as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def serve(self) -> None:
-        """Take part in one step with zeros, after ``agree``: for a rank that has joined."""
-        for buffer in self.buffers:
-            buffer[:] = 0
-            self._comm.allreduce(buffer, self._op, self._scale)
+        """Reduce one bucket, in turn, with zeros, after ``agree``: for a rank that has joined."""
+        buffer = self.buffers[self._served]
+        self._served = (self._served + 1) % len(self.buffers)
+        buffer[:] = 0
+        self._comm.allreduce(buffer, self._op, self._scale)
 
     def traffic(self) -> Traffic:
         """Return steps, bytes sent and seconds waited so far."""
         return Traffic(self._steps, self._bytes, self._waited)
 
-    def _agree_now(self) -> None:
-        if self._agree is not None:
-            self._agree()
-
     def _start(self, bucket: int) -> None:
-        if bucket == 0 and self._agree is not None:
-            self._works.append(self._comm.submit(self._agree))
         self._next = bucket + 1
-        buffer = self.buffers[bucket]
-        self._works.append(self._comm.allreduce_async(buffer, self._op, self._scale))
+        if self._comm.negotiates:
+            # Its calls agree by themselves, and run in a thread of its own.
+            name = None if self._name is None else f"{self._name}.{bucket}"
+            buffer = self.buffers[bucket]
+            work = self._comm.allreduce_async(buffer, self._op, self._scale, name)
+        else:
+            work = self._comm.submit(functools.partial(self._reduce, bucket))
+        self._works.append(work)
+
+    def _reduce(self, bucket: int) -> None:
+        """Agree on a bucket and reduce it, unless one before it has failed on all ranks."""
+        if self._error is not None:
+            raise self._error
+        try:
+            if self._agree is not None:
+                self._agree()
+            self._comm.allreduce(self.buffers[bucket], self._op, self._scale)
+        except BaseException as error:
+            self._error = error
+            raise
 
     def _rearm(self) -> None:
         self._missing = [len(bucket.parameters) for bucket in self.layout.buckets]
-        self._next = 0
+        self._next, self._works, self._error = 0, [], None

@@ -62,7 +62,7 @@ def _broadcast(
     described = [Described(v.name, tuple(v.shape), v.dtype.name) for v in variables]
 
     def on_host(*arrays: Array) -> list[Array]:
-        check_parameters(process_set.group().comm, described)
+        check_parameters(process_set.group(), described)
         flats = pack(arrays)
         for dtype, flat in flats.items():
             label = None if name is None else f"{name}.{dtype.name}"

@@ -51,7 +51,7 @@ def call(
         UnsupportedError: inside a function that XLA compiles, or a graph of TensorFlow 1.
     """
     if tf.executing_eagerly():
-        results = function(*(tf.convert_to_tensor(t).numpy() for t in tensors))
+        results = function(*(np.asarray(tf.convert_to_tensor(t).numpy()) for t in tensors))
         return [
             tf.convert_to_tensor(np.asarray(result), dtype)
             for result, dtype in zip(results, dtypes, strict=True)

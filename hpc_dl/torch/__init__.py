@@ -9,6 +9,7 @@ hvd.broadcast_parameters(model.state_dict(), root_rank=0)
 
 from functools import partial
 
+from hpc_dl.errors import HpcDlError
 from hpc_dl.torch.allreduce import (
     allreduce,
     allreduce_,
@@ -79,6 +80,7 @@ from hpc_dl.world import (
 )
 
 init = partial(init_framework, framework="torch")
+HorovodInternalError = HpcDlError
 
 __all__ = [
     "Adasum",
@@ -86,6 +88,7 @@ __all__ = [
     "Compression",
     "Compressor",
     "DistributedOptimizer",
+    "HorovodInternalError",
     "Max",
     "Min",
     "ProcessSet",

@@ -47,7 +47,7 @@ class AdasumReduction:
         self.passes = passes
         self._steps, self._bytes = 0, 0
         described = [Described(name, tuple(p.shape), str(p.dtype)) for name, p in named]
-        check_parameters(group.comm, described)
+        check_parameters(group, described)
 
     def in_flight(self) -> bool:
         """Return False: nothing starts before the step."""

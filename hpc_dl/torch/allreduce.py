@@ -8,7 +8,7 @@ import torch
 from hpc_dl.comm import Op
 from hpc_dl.torch.autograd import Allreduce, apply
 from hpc_dl.torch.compression import Compression, resolve
-from hpc_dl.torch.memory import fresh_copy, memory_of
+from hpc_dl.torch.memory import fresh_copy, memory_of, summed
 from hpc_dl.world import Handle, ProcessSet, global_process_set
 from hpc_dl.world import collectives as shared
 from hpc_dl.world.collectives import HandleGroup, resolve_op
@@ -21,11 +21,14 @@ def _start(
 ) -> Handle:
     """All-reduce ``out``, which holds ``tensor``'s values, and hand it out at the end."""
     memory, dense = memory_of(out)
+    op, divisor = summed(tensor, op, process_set)
     work = shared.allreduce_start(memory, op, scale, name, process_set)
 
     def finish(_: Any) -> Tensor:
         if dense.data_ptr() != out.data_ptr():
             out.detach().copy_(dense)
+        if divisor > 1:
+            out.div_(divisor, rounding_mode="trunc")
         return out
 
     return Handle(work, finish)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hpc_dl.comm import Op
-from hpc_dl.torch.memory import fresh_copy, memory_of
+from hpc_dl.torch.memory import fresh_copy, memory_of, summed
 from hpc_dl.world import ProcessSet, current
 from hpc_dl.world import collectives as shared
 
@@ -18,8 +18,9 @@ Tensor = torch.Tensor
 
 def _reduced(tensor: Tensor, op: Op, scale: float, name: str | None, group: ProcessSet) -> Tensor:
     memory, out = memory_of(fresh_copy(tensor))
+    op, divisor = summed(tensor, op, group)
     shared.allreduce_now(memory, op, scale, name, group)
-    return out
+    return out.div_(divisor, rounding_mode="trunc") if divisor > 1 else out
 
 
 class Allreduce(torch.autograd.Function):

@@ -27,7 +27,7 @@ def broadcast_parameters(
     """
     tensors = [(name, p) for name, p in _named(params) if isinstance(p, torch.Tensor)]
     described = [Described(name, tuple(p.shape), str(p.dtype)) for name, p in tensors]
-    check_parameters(process_set.group().comm, described)
+    check_parameters(process_set.group(), described)
     handles = [
         broadcast_async_(p, root_rank, f"broadcast_parameters.{name}", process_set)
         for name, p in tensors

@@ -61,11 +61,13 @@ class GradientReduction:
         self._named = list(named)
         self._names = {p: name for name, p in self._named}
         described = [Described(name, tuple(p.shape), str(p.dtype)) for name, p in self._named]
-        self._digest = check_parameters(group.comm, described)
-        self._call = Call("reduce", f"gradients.{self._digest}", op=options.op.value)
+        self._digest = check_parameters(group, described)
+        label = group.name("gradients", None)
+        self._call = Call("reduce", f"{label}.{self._digest}", op=options.op.value)
         self.passes = passes
         self._count = dict.fromkeys(self._names, 0)
         self._order: list[str] = []
+        self._planned = False
         self._moved: set[torch.nn.Parameter] = set()
         self._places: dict[torch.nn.Parameter, _Place] = {}
         self._sparse: list[torch.nn.Parameter] = []
@@ -87,11 +89,12 @@ class GradientReduction:
             )
         if self._count[p] < self.passes:
             return
-        if not self._reducers:
+        if not self._planned:
             self._order.append(self._names[p])
         elif p in self._places:
             self._move(p)
 
+    @torch.no_grad()
     def _move(self, p: torch.nn.Parameter) -> None:
         """Move a gradient into its bucket; with no gradient the bucket gets zeros."""
         place, grad = self._places[p], p.grad
@@ -117,7 +120,7 @@ class GradientReduction:
 
     def finish(self) -> None:
         """Reduce what has not been reduced, wait, and leave the results in the gradients."""
-        if not self._reducers:
+        if not self._planned:
             self._plan()
         for p in self._places:
             if p not in self._moved:
@@ -156,7 +159,8 @@ class GradientReduction:
         sparse = [_is_sparse(by_name[n]) and not self._options.sparse_as_dense for n in names]
         seen = {name: number for number, name in enumerate(self._order)}
         order = [seen.get(name, len(names)) for name in names]
-        self._group.agree(Call("plan", self._digest))
+        self._planned = True
+        self._group.agree(Call("plan", self._call.name))
         table = self._group.comm.exchange(np.array([*sparse, *order], np.int64))
         is_sparse = np.atleast_1d(table[:, : len(names)].any(axis=0))
         rank_order = np.argsort(table[0, len(names) :], kind="stable")
@@ -187,6 +191,7 @@ class GradientReduction:
             options.predivide,
             buffers,
             agree=lambda: self._group.agree(call),
+            name=call.name,
         )
         self._group.register(call.name, reducer)
         self._reducers.append(reducer)

@@ -13,6 +13,7 @@ from hpc_dl.comm import Op
 from hpc_dl.errors import HpcDlError, OptionError
 from hpc_dl.reduce import ReplicaGuard, Traffic
 from hpc_dl.torch.adasum import AdasumReduction
+from hpc_dl.torch.allreduce import allreduce
 from hpc_dl.torch.compression import Compression, is_cast, resolve
 from hpc_dl.torch.gradients import GradientReduction, Options
 from hpc_dl.torch.unfused import UnfusedReduction
@@ -32,6 +33,8 @@ class _Distributed(torch.optim.Optimizer):
     _guard: ReplicaGuard
     _named: Named
     _remake: Callable[[Named], Reduction | None]
+    _passes: int
+    _average_loss: Callable[[torch.Tensor], torch.Tensor]
     _wait_in_step: bool
     _synchronized: bool
 
@@ -66,6 +69,9 @@ class _Distributed(torch.optim.Optimizer):
         self._guard.after_step()
         return result
 
+    # torch wraps `step` to run the hooks of the optimizer, and the own step is wrapped already.
+    step.hooked = True  # type: ignore[attr-defined]
+
     def _reduce_in_step(self) -> None:
         if self._synchronized:
             warnings.warn(
@@ -85,6 +91,9 @@ class _Distributed(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
             self.synchronize()
+            # An optimizer that branches on the loss must take the same branch on all ranks.
+            if self._reduction is not None and isinstance(loss, torch.Tensor):
+                loss = self._average_loss(loss.detach())
             return loss
 
         return reduced
@@ -115,18 +124,19 @@ class _Distributed(torch.optim.Optimizer):
         if "_named" in self.__dict__:
             number = len(self.param_groups) - 1
             added = [
-                (f"group{number}.{i}", p)
-                for i, p in enumerate(self.param_groups[-1]["params"])
-                if p.requires_grad
+                (f"group{number}.{i}", p) for i, p in enumerate(self.param_groups[-1]["params"])
             ]
             self._named = [*self._named, *added]
             if self._reduction is not None:
                 self._reduction.close()
             self._reduction = self._remake(self._named)
+            if self._reduction is not None:
+                self._reduction.passes = self._passes
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change the number of backward passes of a step."""
         _check_passes(passes)
+        self._passes = passes
         if self._reduction is not None:
             self._reduction.passes = passes
 
@@ -197,7 +207,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     )
     op = wanted.op
 
-    def reduction(named: Named) -> Reduction | None:
+    def reduction(everything: Named) -> Reduction | None:
+        named = [(name, p) for name, p in everything if p.requires_grad]
         if not process_set.included() or current().comm.size == 1:
             return None
         group = process_set.group()
@@ -219,6 +230,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     # A scheduler made before has replaced `step` on the instance; ours must not be hidden.
     wrapped.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
     wrapped._named, wrapped._remake = named, reduction
+    wrapped._passes = backward_passes_per_step
+    wrapped._average_loss = lambda loss: allreduce(loss, op=Op.AVERAGE, process_set=process_set)
     wrapped._wait_in_step, wrapped._synchronized = True, False
     wrapped._reduction = reduction(named)
     included = process_set.included()
@@ -241,7 +254,7 @@ def _check_passes(passes: int) -> None:
 def _check_names(
     optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]] | None
 ) -> Named:
-    """Return the optimizer's parameters that need gradients, with their names."""
+    """Return the optimizer's parameters with their names."""
     own = [
         (f"allreduce.noname.{i}.{j}", p)
         for i, group in enumerate(optimizer.param_groups)
@@ -269,4 +282,4 @@ def _check_names(
                 f"parameters (first: {unnamed[0]}); name all, or none"
             )
         own = [(name_of[p], p) for _, p in own]
-    return [(name, p) for name, p in own if p.requires_grad]
+    return own

@@ -7,7 +7,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from hpc_dl.comm import Op
 from hpc_dl.torch.allreduce import allreduce
-from hpc_dl.world import ProcessSet, current, global_process_set, is_initialized
+from hpc_dl.world import ProcessSet, global_process_set, is_initialized
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -42,7 +42,7 @@ class SyncBatchNorm(_BatchNorm):
         """Normalise ``input``."""
         self._check_input_dim(input)
         use_batch = self.training or self.running_mean is None
-        if not use_batch or not is_initialized() or current().comm.size == 1:
+        if not use_batch or not is_initialized() or self.process_set.size() == 1:
             return super().forward(input)
         mean, variance, count = self._moments(input)
         if self.training and self.track_running_stats:
@@ -98,10 +98,11 @@ class SyncBatchNorm(_BatchNorm):
                 module.track_running_stats,
                 process_set,
             )
-            new.load_state_dict(module.state_dict())
+            # The parameters themselves, so that an optimizer made before keeps training them.
+            new._parameters.update(module._parameters)
+            new._buffers.update(module._buffers)
             new.training = module.training
-            reference = next(module.parameters(), None)
-            return new if reference is None else new.to(reference.device, reference.dtype)
+            return new
         for name, child in module.named_children():
             setattr(module, name, cls.convert_sync_batchnorm(child, process_set))
         result: torch.nn.Module = module

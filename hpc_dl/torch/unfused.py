@@ -31,7 +31,7 @@ class UnfusedReduction:
         self.passes = passes
         self._steps, self._bytes = 0, 0
         described = [Described(name, tuple(p.shape), str(p.dtype)) for name, p in named]
-        check_parameters(group.comm, described)
+        check_parameters(group, described)
 
     def in_flight(self) -> bool:
         """Return False: nothing starts before ``finish``."""

@@ -5,25 +5,26 @@ from importlib.util import find_spec
 from typing import Any
 
 from hpc_dl.comm.choose import installed_horovod
-from hpc_dl.world import process_sets, state
+from hpc_dl.world import process_sets as registry
+from hpc_dl.world import state
 from hpc_dl.world.process_sets import ProcessSet
 from hpc_dl.world.state import current, is_initialized
 
 
 def init_framework(
     comm: Any = None,
-    process_sets_wanted: Sequence[ProcessSet | Sequence[int]] | str | None = None,
+    process_sets: Sequence[ProcessSet | Sequence[int]] | str | None = None,
     framework: str | None = None,
 ) -> None:
     """Start; the adapters' ``init`` with the framework filled in."""
     world = state.start(comm, framework)
-    process_sets.start(world, process_sets_wanted)
+    registry.start(world, process_sets)
 
 
 def shutdown() -> None:
     """End: finish what is pending and free what was allocated. All ranks call it."""
     if is_initialized():
-        process_sets.forget_all(current())
+        registry.forget_all(current())
     state.shutdown()
 
 

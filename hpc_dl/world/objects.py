@@ -56,7 +56,7 @@ def allgather_object(
 
 def root_in(process_set: ProcessSet, root_rank: int) -> int:
     """Translate a rank of the job into a rank of the set, as the communicator counts."""
-    if process_set.ranks is None:
+    if process_set.process_set_id == 0:
         return root_rank
     if root_rank not in process_set.ranks:
         raise OptionError(

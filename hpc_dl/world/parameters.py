@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import xxhash
 
-from hpc_dl.comm import Communicator
 from hpc_dl.errors import MismatchError
+from hpc_dl.world.group import Call, Group
 
 
 class Described(NamedTuple):
@@ -22,7 +22,7 @@ class Described(NamedTuple):
         return f"{self.name!r} {tuple(self.shape)} {self.dtype}"
 
 
-def check_parameters(comm: Communicator, parameters: Sequence[Described]) -> str:
+def check_parameters(group: Group, parameters: Sequence[Described]) -> str:
     """Compare the names, shapes and types of parameters over the ranks.
 
     Returns:
@@ -31,7 +31,8 @@ def check_parameters(comm: Communicator, parameters: Sequence[Described]) -> str
     Raises:
         MismatchError: on all ranks; names the first parameters that differ, of both ranks.
     """
-    text = json.dumps(parameters)
+    comm, text = group.comm, json.dumps(parameters)
+    group.agree(Call("parameters", "parameters"))
     digest = xxhash.xxh3_64_intdigest(text.encode())
     rows = comm.exchange(np.array([digest], np.uint64).view(np.int64))
     if (rows == rows[0]).all():

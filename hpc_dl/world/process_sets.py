@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hpc_dl.comm.base import BaseCommunicator
 from hpc_dl.errors import MismatchError, NotInitializedError, OptionError
-from hpc_dl.world.group import Group
+from hpc_dl.world.group import Call, Group
 from hpc_dl.world.state import World, current
 
 
@@ -14,9 +15,14 @@ class ProcessSet:
 
     def __init__(self, ranks: Sequence[int] | None = None):
         """Describe the set by its ranks; None: all ranks."""
-        self.ranks = None if ranks is None else sorted({int(rank) for rank in ranks})
+        self._given = None if ranks is None else sorted({int(rank) for rank in ranks})
         self.process_set_id: int | None = 0 if ranks is None else None
         self._group: Group | None = None
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of the job that are in the set, ascending."""
+        return list(range(current().comm.size)) if self._given is None else self._given
 
     def group(self) -> Group:
         """Return the group of this set.
@@ -41,7 +47,7 @@ class ProcessSet:
 
     def size(self) -> int:
         """Return the number of ranks in the set."""
-        return current().comm.size if self.ranks is None else len(self.ranks)
+        return len(self.ranks)
 
     def rank(self) -> int:
         """Return the number of this rank within the set."""
@@ -49,10 +55,10 @@ class ProcessSet:
 
     def included(self) -> bool:
         """Tell whether this rank is in the set."""
-        return self.ranks is None or current().comm.rank in self.ranks
+        return current().comm.rank in self.ranks
 
     def __repr__(self) -> str:
-        ranks = "all" if self.ranks is None else self.ranks
+        ranks = "all" if self._given is None else self._given
         return f"ProcessSet(process_set_id={self.process_set_id}, ranks={ranks})"
 
 
@@ -84,11 +90,15 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
     if not ranks or ranks[0] < 0 or ranks[-1] >= world.comm.size:
         raise OptionError(f"process set {ranks}: valid ranks are 0..{world.comm.size - 1}")
     for known in [global_process_set, *world.process_sets.values()]:
-        if ranks == (known.ranks or list(range(world.comm.size))):
+        if ranks == known.ranks:
             raise OptionError(f"a process set of these ranks is registered already: {known}")
+    world.group.agree(Call("add_process_set", "add_process_set"))
     _agree_on(world, ranks)
     included = world.comm.rank in ranks
     part = world.comm.split(0 if included else None)
+    if isinstance(part, BaseCommunicator) and isinstance(world.comm, BaseCommunicator):
+        part.watch.warn_seconds = world.comm.watch.warn_seconds
+        part.watch.abort_seconds = world.comm.watch.abort_seconds
     process_set._group = Group(part) if part is not None else None
     process_set.process_set_id = world.next_set_id()
     world.process_sets[process_set.process_set_id] = process_set
@@ -101,7 +111,9 @@ def _agree_on(world: World, ranks: Sequence[int]) -> None:
     masks = world.comm.exchange(mask)
     if (masks != masks[0]).any():
         sets = [np.flatnonzero(row).tolist() for row in masks]
-        raise MismatchError(f"add_process_set: ranks 0..{len(sets) - 1} gave different sets: {sets}")
+        raise MismatchError(
+            f"add_process_set: ranks 0..{len(sets) - 1} gave different sets: {sets}"
+        )
 
 
 def remove_process_set(process_set: ProcessSet) -> bool:

@@ -167,7 +167,7 @@ class Reducers:
         self.group.agree(Call("plan", self.label))
         self._agreed.add(parameters)
         described = [Described(p.name, p.shape, p.dtype.name) for p in parameters]
-        return check_parameters(self.group.comm, described)
+        return check_parameters(self.group, described)
 
     def agree_once(self, parameters: tuple[Parameter, ...]) -> None:
         """Like ``agree``, the first time that these gradients are met."""
@@ -214,6 +214,7 @@ class Reducers:
             self._scale,
             None if make_buffers is None else make_buffers(layout),
             agree=lambda: self.group.agree(call),
+            name=call.name,
         )
         self.group.register(call.name, reducer)
         views, place = reducer.views(), layout.place()

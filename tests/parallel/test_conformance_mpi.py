@@ -6,11 +6,14 @@ which with three ranks makes nodes of different size.
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import pytest
 
 from hpc_dl.comm import Communicator, make
+from hpc_dl.errors import HpcDlError, OptionError
 from hpc_dl.testing.conformance import CommunicatorConformance, PointToPointConformance
 
 if os.environ.get("HPC_DL_COMM", "mpi").partition(":")[0] != "mpi":
@@ -63,3 +66,68 @@ class TestNodesOfTwo(Mpi):
         assert comm.local_rank == comm.rank % 2
         assert comm.cross_rank == comm.rank // 2
         assert comm.homogeneous == (comm.size % 2 == 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("mpi:node_size=-1", "node_size=-1; valid: 0"),
+        ("mpi:node_size=two", "node_size='?two'?; valid: 0"),
+        ("mpi:cuda=never", "unknown value for option cuda 'never'; valid: auto, aware, error, st"),
+    ],
+)
+def test_bad_options(spec: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        make(spec)
+
+
+def test_more_shared_memory_than_there_is() -> None:
+    comm, _ = make("mpi")
+    if comm.size == 1:
+        pytest.skip("a rank alone on its node takes ordinary memory")
+    with pytest.raises(HpcDlError, match=r"MiB of shared memory; /dev/shm has \d+ MiB free.*ipc"):
+        comm.allocate(1 << 45)
+    x = comm.allocate(4096).view(np.float32)
+    x[:] = 1
+    assert comm.allreduce(x)[0] == comm.size
+    comm.close()
+
+
+def test_close_frees_what_no_caller_has_and_may_be_called_again() -> None:
+    def windows() -> int:
+        """Count the shared windows that this process maps, by the name Open MPI gives them."""
+        return sum("osc_sm" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+    def use_group() -> None:
+        group = comm.split(0)
+        assert group is not None
+        group.allreduce(np.ones(100_000))
+        group.close()
+        group.close()
+
+    comm, _ = make("mpi")
+    use_group()
+    after_one = windows()
+    for _ in range(5):
+        use_group()
+    assert windows() == after_one
+    # What a caller got stays: gradients may lie there.
+    kept = comm.allocate(1 << 16)
+    kept[:] = 7
+    comm.close()
+    assert (kept == 7).all()
+
+
+def test_world_of_an_mpi_communicator() -> None:
+    from mpi4py import MPI
+
+    import hpc_dl.world as world
+
+    reverse = MPI.COMM_WORLD.Split(0, -MPI.COMM_WORLD.rank)
+    world.init_framework(reverse)
+    assert world.rank() == world.size() - 1 - MPI.COMM_WORLD.rank
+    assert world.current().choice.reason == "an MPI communicator was given to init()"
+    world.shutdown()
+    # It was duplicated: the caller's is still there.
+    assert reverse.allreduce(1) == reverse.size
+    reverse.Free()

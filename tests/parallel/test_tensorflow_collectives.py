@@ -105,6 +105,15 @@ def test_broadcast_from_every_root(mode, dtype):
         np.testing.assert_array_equal(result, values(root).astype(dtype))
 
 
+def test_scalars(mode):
+    x = tf.constant(float(hvd.rank()))
+    assert float(mode(hvd.allreduce)(x)) == pytest.approx((hvd.size() - 1) / 2)
+    assert float(mode(lambda x: hvd.broadcast(x, 0))(x)) == 0
+    for collective in (hvd.allgather, hvd.alltoall, hvd.reducescatter):
+        with pytest.raises(Exception, match=r"OptionError|scalar"):
+            mode(collective)(x)
+
+
 def test_alltoall(mode):
     n, rank = hvd.size(), hvd.rank()
     even = mode(hvd.alltoall)(tf.range(n) + 10 * rank)

@@ -518,3 +518,84 @@ def test_epochs_of_uneven_length_with_the_guard_on():
         hvd.broadcast_optimizer_state(optimizer, root_rank=last)
         assert float(hvd.allreduce(torch.ones(1), op=hvd.Sum)) == hvd.size()
         assert hvd.allgather_object(hvd.rank()) == list(range(hvd.size()))
+
+
+# --- what a review found ----------------------------------------------------------------
+
+
+def test_equal_models_with_different_compression_are_told_apart_after_a_join():
+    nets = [model(torch.float32), model(torch.float32)]
+    optimizers = [
+        sgd(n, compression=c, guard=False) for n, c in zip(nets, ("none", "fp16"), strict=True)
+    ]
+    for step in range(hvd.rank() + 1):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss_of(net, *batch(step, 6, torch.float32)).backward()
+            optimizer.step()
+    assert hvd.join() == hvd.size() - 1
+
+
+def test_line_search_takes_the_same_branches_on_all_ranks(rows):
+    net = model()
+    optimizer = hvd.DistributedOptimizer(
+        torch.optim.LBFGS(net.parameters(), line_search_fn="strong_wolfe", max_iter=5),
+        net.named_parameters(),
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        loss = loss_of(net, *shard(0, rows))
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        optimizer.step(closure)
+
+
+def test_parameters_thawed_after_wrapping_are_noticed():
+    if hvd.size() == 1:
+        pytest.skip("one replica cannot diverge")
+    net = model()
+    net[0].weight.requires_grad_(False)
+    optimizer = sgd(net)
+    net[0].weight.requires_grad_(True)
+    loss_of(net, *shard(0, 12 * hvd.size())).backward()
+    with pytest.raises(ReplicaDivergenceError, match=r"0\.weight"):
+        optimizer.step()
+
+
+def test_hooks_of_the_optimizer_run_once_a_step():
+    net = model()
+    optimizer = sgd(net)
+    hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append(1))
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss_of(net, *shard(0, 12 * hvd.size())).backward()
+        optimizer.step()
+    assert len(calls) == 3
+
+
+def test_gradients_outlive_the_world():
+    net = model()
+    optimizer = sgd(net)
+    loss_of(net, *shard(0, 12 * hvd.size())).backward()
+    optimizer.step()
+    before = [p.grad.clone() for p in net.parameters()]
+    hvd.shutdown()
+    assert all(torch.equal(p.grad, b) for p, b in zip(net.parameters(), before, strict=True))
+    hvd.init()
+    assert hvd.allgather_object(hvd.rank()) == list(range(hvd.size()))
+
+
+def test_init_with_process_sets():
+    several = hvd.size() > 1
+    hvd.shutdown()
+    part = hvd.ProcessSet([0])
+    hvd.init(process_sets=[part] if several else None)
+    assert hvd.global_process_set.ranks == list(range(hvd.size()))
+    if several:
+        assert part.included() == (hvd.rank() == 0)
+        assert hvd.remove_process_set(part)

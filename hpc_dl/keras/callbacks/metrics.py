@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 
 from hpc_dl.comm import Op
+from hpc_dl.errors import MismatchError
 from hpc_dl.keras.callbacks.prepare import ModelCallback
-from hpc_dl.world import global_process_set
+from hpc_dl.world import allgather_object, global_process_set
 from hpc_dl.world.collectives import allreduce_now
-from hpc_dl.world.parameters import Described, check_parameters
 
 
 def average(logs: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
@@ -18,8 +18,14 @@ def average(logs: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
     Raises:
         MismatchError: on all ranks, if they name different ones.
     """
-    group = global_process_set.group()
-    check_parameters(group.comm, [Described(name, (), "metric") for name in names])
+    everyone = allgather_object(list(names))
+    other = next((rank for rank, theirs in enumerate(everyone) if theirs != everyone[0]), None)
+    if other is not None:
+        raise MismatchError(
+            f"ranks have different metrics: {', '.join(everyone[0])} on rank 0, "
+            f"{', '.join(everyone[other])} on rank {other}. Compile the same metrics, and "
+            "validate, on all ranks"
+        )
     values = np.array([float(logs[name]) for name in names])
     allreduce_now(values, Op.AVERAGE, 1.0, None, global_process_set)
     return dict(zip(names, values.tolist(), strict=True))
