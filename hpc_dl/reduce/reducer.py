@@ -64,7 +64,8 @@ class Reducer:
         )
         self._comm, self._op, self._scale, self._agree = comm, op, scale, agree
         self._name = name
-        self._overlap = len(layout.buckets) > 1 and layout.nbytes >= OVERLAP_BYTES
+        large = len(layout.buckets) > 1 and layout.nbytes >= OVERLAP_BYTES
+        self._overlap = large or comm.negotiates  # Horovod's thread is there in any case
         self._missing = [0] * len(layout.buckets)
         self._next, self._served = 0, 0
         self._works: list[Work] = []
@@ -102,7 +103,7 @@ class Reducer:
         self._bytes += 2 * (self._comm.size - 1) * self.layout.nbytes // self._comm.size
 
     def _finish(self) -> None:
-        if not self._overlap and not self._comm.negotiates:
+        if not self._overlap:
             for bucket in range(len(self.buffers)):
                 self._reduce(bucket)
             return
