@@ -83,12 +83,11 @@ class MpiCommunicator(BaseCommunicator):
     def _watch_node(self) -> None:
         """Let the watch for stalls see which ranks of this node are late."""
         self.watch.elsewhere = not self._one_node
-        self._counters: window.Segment | None = None
         if self.local_size > 1:
             ranks = np.empty(self.local_size, np.int64)
             self._node.Allgather(np.array([self.rank], np.int64), ranks)
-            self._counters = window.allocate(self._node, CACHE_LINE)
-            counters = [part.data.cast("q") for part in self._counters.parts]
+            segment = window.allocate(self._node, CACHE_LINE)
+            counters = [part.data.cast("q") for part in segment.parts]
             self.watch.arrivals = Arrivals(counters, ranks.tolist(), self.local_rank)
 
     # --- all-reduce ---------------------------------------------------------------
@@ -300,17 +299,12 @@ class MpiCommunicator(BaseCommunicator):
     def close(self) -> None:
         """Finish what is pending and free communicators. All ranks call it.
 
-        Memory from ``allocate`` stays until MPI ends: gradients of the caller may lie in it.
+        Memory from ``allocate`` stays as long as the caller refers to it.
         """
         super().close()
         if self._comm == MPI.COMM_NULL:
             return
-        self.watch.arrivals = None
-        for segment in (self._stage, self._counters):
-            if segment is not None:
-                window.free(segment)
-        self._segments, self._stage, self._counters = [], None, None
-        self._barrier_of_node.free()
+        self._segments, self._stage = [], None
         for comm in (self._cross, self._node, self._comm):
             comm.Free()
 

@@ -31,8 +31,8 @@ class NodeBarrier:
 
     def __init__(self, node: MPI.Intracomm):
         """Allocate the counters; all ranks of the node call this."""
-        self._segment = window.allocate(node, CACHE_LINE)
-        counters = [part.data.cast("q") for part in self._segment.parts]
+        segment = window.allocate(node, CACHE_LINE)
+        counters = [part.data.cast("q") for part in segment.parts]
         self._mine = counters[node.rank]
         self._others = counters[: node.rank] + counters[node.rank + 1 :]
         self._arrivals = 0
@@ -42,7 +42,7 @@ class NodeBarrier:
         self._arrivals += 1
         # The fences order what was written to shared memory before the arrival, and what is
         # read from it afterwards.
-        self._segment.window.Sync()
+        window.fence()
         self._mine[0] = self._arrivals
         for counter in self._others:
             looks = 0
@@ -52,11 +52,4 @@ class NodeBarrier:
                     _yield_core()
                 else:
                     time.sleep(NAP)
-        self._segment.window.Sync()
-
-    def free(self) -> None:
-        """Give the counters back; all ranks of the node call this."""
-        self._mine.release()
-        for counter in self._others:
-            counter.release()
-        window.free(self._segment)
+        window.fence()

@@ -12,8 +12,8 @@ CLASSES = {
     for name, value in vars(errors).items()
     if isinstance(value, type) and issubclass(value, Exception)
 }
-#: (what stands before the name, the name, the built-in base in parentheses)
-LINES = re.findall(r"^([ │]*)[├└]── (\w+)(?: \((\w+)\))?", errors.__doc__ or "", re.MULTILINE)
+#: (what stands before the name, the name, the built-in bases in parentheses)
+LINES = re.findall(r"^([ │]*)[├└]── (\w+)(?: \(([\w, ]+)\))?", errors.__doc__ or "", re.MULTILINE)
 DRAWN = {name: builtin for _, name, builtin in LINES}
 
 
@@ -32,7 +32,7 @@ def test_every_error_is_drawn() -> None:
 @pytest.mark.parametrize("name", sorted(DRAWN))
 def test_errors_are_what_is_drawn(name: str) -> None:
     bases = [base.__name__ for base in CLASSES[name].__bases__]
-    assert bases == [_drawn_parents()[name], *filter(None, [DRAWN[name]])]
+    assert bases == [_drawn_parents()[name], *filter(None, DRAWN[name].split(", "))]
 
 
 @pytest.mark.parametrize("name", sorted(CLASSES))

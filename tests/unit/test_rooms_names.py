@@ -15,7 +15,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "public_names.json")
 
 #: Public in Horovod's modules, and not offered: elastic jobs, and what is meant for itself.
 LEFT_OUT = {
-    "torch": {"HorovodInternalError", "check_extension", "sparse_allreduce_async"},
+    "torch": {"check_extension", "sparse_allreduce_async"},
     "tensorflow": {
         "LocalGradientAggregationHelper",
         "check_extension",
