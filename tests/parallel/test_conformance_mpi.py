@@ -110,6 +110,7 @@ def test_shared_memory_goes_with_its_last_view() -> None:
         group.close()
 
     comm, _ = make("mpi")
+    gc.collect()
     before = windows()
     for _ in range(3):
         use_group()

@@ -197,6 +197,22 @@ def test_nodes_are_told_apart(run: Run) -> None:
     assert "other ranks have not called it" in outcome.text
 
 
+def test_job_ends_though_nothing_was_closed(run: Run) -> None:
+    """Each rank is in other groups, with shared memory in each, when the program ends."""
+    work = """
+        kept = []
+        for turn in range(3):
+            group = comm.split((comm.rank + turn) % 2)
+            kept += [group, group.allocate(1 << 16), comm.allocate(1 << 12)]
+            group.allreduce(np.ones(100_000))
+            if turn == 1:
+                group.close()
+        comm.allreduce_async(np.ones(100_000))
+    """
+    outcome = run(textwrap.dedent(work), textwrap.dedent(work), ranks=3)
+    assert outcome.code == 0, outcome.text
+
+
 @pytest.mark.parametrize("text", ["soon", "-1", "nan"])
 def test_bad_number_of_seconds(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from hpc_dl.errors import OptionError
