@@ -1,16 +1,17 @@
 """Time of an all-reduce inside a node: hpc_dl against Horovod, mpi4py and gloo, in one run.
 
-    python benchmarks/allreduce.py [--ranks 2,4] [--sizes 4KB,100MB] [--repeats 11]
-                                   [--apart] [--plot FILE] [--json FILE] [--markdown FILE]
+    python benchmarks/allreduce.py [--ranks 2,4] [--sizes 4KB,100MB] [--repeats 4] [--rounds 3]
+                                   [--together] [--plot FILE] [--json FILE] [--markdown FILE]
 
-All peers live in the same processes and take turns within every repetition, with the copy
-beside them: a plain copy of the same bytes by every rank at once, which is the limit of a
-reduction in shared memory. A time is that of the slowest rank. Figures are medians, the
-spread is that between the quartiles, and ratios are medians of ratios within a repetition.
+The copy is a plain copy of the same bytes by every rank at once: the limit of a reduction in
+shared memory. A time is that of the slowest rank. Figures are medians over all repetitions of
+all rounds, the spread is that between the quartiles, a ratio is one of medians.
 
-Horovod and gloo have threads that stay awake beside the others. ``--apart`` gives each
-library processes of its own, with a copy in each, to show what that changes; its ratios to
-the copy can be compared with those of a run without it.
+Horovod's background thread stays awake and slows whatever else runs in its process: Open
+MPI's own all-reduce of 4 KB takes four times as long beside it. So each library has processes
+of its own, and all of them have their turn in every round, so that a drift of the machine's
+speed hits all alike. Within a process peers take turns in every repetition. ``--together``
+puts all peers in the same processes, to show the difference.
 """
 
 import argparse
@@ -32,8 +33,8 @@ UNITS = {"KB": 1 << 10, "MB": 1 << 20}
 WINDOW, ORDINARY, OVER_HOROVOD = "hpc_dl mpi", "hpc_dl mpi (any buffer)", "hpc_dl horovod"
 HOROVOD, MPI4PY, GLOO, COPY = "horovod.torch", "mpi4py", "torch gloo", "copy"
 PEERS = (WINDOW, ORDINARY, OVER_HOROVOD, HOROVOD, MPI4PY, GLOO, COPY)
-#: Peers that can be measured in processes without the other libraries.
-FAMILIES = ((WINDOW, ORDINARY, MPI4PY), (OVER_HOROVOD,), (HOROVOD,), (GLOO,))
+#: Peers that share processes; the copy is measured beside the first.
+FAMILIES = ((WINDOW, ORDINARY, MPI4PY, COPY), (OVER_HOROVOD, HOROVOD), (GLOO,))
 #: Pairs whose ratio of times is printed.
 RATIOS = (
     (WINDOW, COPY),
@@ -171,38 +172,48 @@ def measure_on(ranks: int, peers: Sequence[str], sizes: Sequence[str], repeats: 
         return results
 
 
-def measure_apart(ranks: int, sizes: Sequence[str], repeats: int) -> Results:
-    """Measure each family in processes of its own; the copy is that beside the first."""
-    together: Results = {size: {} for size in sizes}
-    for family in FAMILIES:
-        for size, result in measure_on(ranks, (*family, COPY), sizes, repeats).items():
-            beside = np.median(result[COPY])
-            copy = together[size].setdefault(COPY, result[COPY])
-            # Given as if the copy were as fast as beside the first family.
-            factor = float(np.median(copy) / beside)
-            together[size].update(
-                {peer: [factor * second for second in result[peer]] for peer in family}
-            )
-    return {size: {peer: result[peer] for peer in PEERS} for size, result in together.items()}
+def measure_in_rounds(
+    ranks: int,
+    families: Sequence[Sequence[str]],
+    sizes: Sequence[str],
+    repeats: int,
+    rounds: int,
+) -> Results:
+    """Measure each family in processes of its own, in turn; return all that was measured."""
+    results: Results = {size: {peer: [] for peer in PEERS} for size in sizes}
+    for number in range(rounds):
+        for family in families:
+            progress(f"{ranks} ranks, round {number + 1} of {rounds}: {', '.join(family)}")
+            for size, measured in measure_on(ranks, family, sizes, repeats).items():
+                for peer, seconds in measured.items():
+                    results[size][peer] += seconds
+    return results
+
+
+def progress(text: str) -> None:
+    """Say what is being measured, where a person watches."""
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)
 
 
 def ratio(result: Seconds, one: str, other: str) -> float:
-    """Return the median, over the repetitions, of one peer's time over another's."""
-    return float(np.median(np.array(result[one]) / np.array(result[other])))
+    """Return the median time of one peer over that of another."""
+    return float(np.median(result[one]) / np.median(result[other]))
+
+
+def quartiles(seconds: list[float]) -> list[float]:
+    """Return the quartiles in milliseconds."""
+    return [float(x) for x in np.percentile(np.array(seconds) * 1e3, [25, 50, 75])]
 
 
 def markdown(ranks: int, results: Results) -> str:
     """Write the medians with their quartiles, and the ratios, as two tables of a document."""
-    peers = [peer for peer in PEERS if peer in next(iter(results.values()))]
     lines = [
-        f"| {ranks} ranks, ms | " + " | ".join(peers) + " |",
-        "|---|" + "---|" * len(peers),
+        f"| {ranks} ranks, ms | " + " | ".join(PEERS) + " |",
+        "|---|" + "---|" * len(PEERS),
     ]
     for size, result in results.items():
-        cells = []
-        for peer in peers:
-            low, middle, high = np.percentile(np.array(result[peer]) * 1e3, [25, 50, 75])
-            cells.append(f"{middle:.3g} ({low:.3g}-{high:.3g})")
+        cells = ["{1:.3g} ({0:.3g}-{2:.3g})".format(*quartiles(result[peer])) for peer in PEERS]
         lines.append(f"| {size} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -222,10 +233,7 @@ def show(ranks: int, results: Results, console: Console) -> None:
     for peer in PEERS:
         times.add_column(peer, justify="right")
     for label, result in results.items():
-        cells = []
-        for peer in PEERS:
-            low, middle, high = np.percentile(np.array(result[peer]) * 1e3, [25, 50, 75])
-            cells.append(f"{middle:.3g}\n({low:.3g}-{high:.3g})")
+        cells = ["{1:.3g}\n({0:.3g}-{2:.3g})".format(*quartiles(result[peer])) for peer in PEERS]
         times.add_row(label, *cells)
     console.print(times)
     ratios = Table(title=f"{ranks} ranks: ratios")
@@ -272,8 +280,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", default="2,4")
     parser.add_argument("--sizes", default=SIZES)
-    parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--apart", action="store_true")
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", type=Path)
@@ -286,10 +295,9 @@ def main() -> None:
     if options.folder:
         rank_main(options.peers.split(","), sizes, repeats, options.folder)
         return
-    everything: dict[int, Results] = {
-        ranks: measure_apart(ranks, sizes, repeats)
-        if options.apart
-        else measure_on(ranks, PEERS, sizes, repeats)
+    families = (PEERS,) if options.together else FAMILIES
+    everything = {
+        ranks: measure_in_rounds(ranks, families, sizes, repeats, options.rounds)
         for ranks in map(int, options.ranks.split(","))
     }
     for ranks, results in everything.items():

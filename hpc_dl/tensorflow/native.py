@@ -77,23 +77,26 @@ def _allreduce(
     hvd = comm.hvd
     factor = scale / comm.size if op is Op.AVERAGE else scale
     hvd_op = getattr(hvd, (Op.SUM if op is Op.AVERAGE else op).value.capitalize())
-    return [
-        tf.cast(
-            hvd.allreduce(
-                tf.cast(t, _sent_as(t.dtype)),
-                op=hvd_op,
-                name=None if name is None else f"{name}.{i}",
-                process_set=comm.process_set,
-                **_factors(t.dtype, factor),
-            ),
-            t.dtype,
+
+    def one(t: Any, name: str | None) -> Any:
+        before, during, after = _factors(t.dtype, factor)
+        reduced = hvd.allreduce(
+            tf.cast(t, _sent_as(t.dtype)),
+            op=hvd_op,
+            name=name,
+            prescale_factor=before,
+            postscale_factor=during,
+            process_set=comm.process_set,
         )
-        for i, t in enumerate(tensors)
-    ]
+        return tf.cast(reduced if after == 1.0 else reduced * after, t.dtype)
+
+    return [one(t, None if name is None else f"{name}.{i}") for i, t in enumerate(tensors)]
 
 
-def _factors(dtype: Any, factor: float) -> dict[str, float]:
-    """Scale two-byte types before the sum, where they would overflow, others after it."""
-    if dtype == tf.float16:
-        return {"prescale_factor": factor}
-    return {"postscale_factor": factor}
+def _factors(dtype: Any, factor: float) -> tuple[float, float, float]:
+    """Split a factor into one before the sum, one in Horovod and one after."""
+    if dtype == tf.float16:  # which would overflow in the sum
+        return factor, 1.0, 1.0
+    if dtype == tf.float64:  # as the factors of Horovod's operation are float32
+        return 1.0, 1.0, factor
+    return 1.0, factor, 1.0
