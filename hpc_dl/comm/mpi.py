@@ -20,17 +20,20 @@ from hpc_dl.comm.kernels import combine, reduce_in_place, scale_in_place, share
 from hpc_dl.comm.mpi_message import MpiMessage, read_status, receive, wildcards
 from hpc_dl.comm.node_barrier import CACHE_LINE, NodeBarrier
 from hpc_dl.comm.protocol import ANY, Array, Op, Status, Work
+from hpc_dl.comm.small import SmallSums
 from hpc_dl.comm.stall import Arrivals
 from hpc_dl.errors import OptionError
 
-#: Below this MPI's own all-reduce has the lower latency.
+#: Up to this sharing the work between the ranks does not pay.
 SMALL_BYTES = 64 * 1024
+#: Below this MPI's own all-reduce takes less than the Python code of any other.
+SMALLEST_BYTES = 8 * 1024
 #: Bytes of each rank's staging area for buffers that are not in a window: small inside a
 #: node, where it should stay in cache; larger between nodes, where each piece has a latency.
 STAGE_BYTES = 1 << 20
 STAGE_BYTES_BETWEEN_NODES = 16 << 20
 
-#: What goes straight to MPI while it is small: float32, float64; sums.
+#: What takes the short way while it is small: float32, float64; sums.
 _QUICK_TYPES = frozenset({np.dtype(np.float32), np.dtype(np.float64)})
 # Looking an op up by its name in the enumeration takes as long as the other checks together.
 _SUM, _AVERAGE, _IN_PLACE, _MPI_SUM = Op.SUM, Op.AVERAGE, MPI.IN_PLACE, MPI.SUM
@@ -76,6 +79,11 @@ class MpiCommunicator(BaseCommunicator):
         self._alone = bool(sizes.max() == 1)
         self._one_node = bool(sizes.min() == comm.size)
         self._barrier_of_node = NodeBarrier(self._node)
+        self._small = (
+            SmallSums(self._node, self._barrier_of_node, SMALL_BYTES)
+            if self._one_node and self.size > 1
+            else None
+        )
         self._watch_node()
         self._segments: list[window.Segment] = []
         self._stage: window.Segment | None = None
@@ -97,8 +105,8 @@ class MpiCommunicator(BaseCommunicator):
     ) -> Array:
         """Combine ``x`` over all ranks, in place, and return it; see the base class.
 
-        A small array of a common type goes straight to MPI: the checks for all the other
-        cases would take as long as the reduction.
+        A small array of a common type takes a short way: the checks for all the other cases
+        would take as long as the reduction.
         """
         if (
             type(x) is np.ndarray
@@ -111,7 +119,7 @@ class MpiCommunicator(BaseCommunicator):
             self.watch.begin("allreduce", x)
             try:
                 with self._queue.running:
-                    self._comm.Allreduce(_IN_PLACE, x, _MPI_SUM)
+                    self._quick_sum(x)
             finally:
                 self.watch.end()
             if op is _AVERAGE:
@@ -123,8 +131,19 @@ class MpiCommunicator(BaseCommunicator):
             return x
         return super().allreduce(x, op, scale, name)
 
+    def _quick_sum(self, x: Array) -> None:
+        """Sum up to SMALL_BYTES of float32 or float64, whichever way the call came: what one
+        rank calls at once may have to wait for its turn on another."""
+        if self._small is None or x.nbytes < SMALLEST_BYTES:
+            self._comm.Allreduce(_IN_PLACE, x, _MPI_SUM)
+        else:
+            self._small.sum(x)
+
     def _allreduce(self, flat: Array, op: Op, scale: float) -> None:
         if self.size == 1 or flat.size == 0:
+            scale_in_place(flat, scale)
+        elif flat.nbytes <= SMALL_BYTES and op is _SUM and flat.dtype in _QUICK_TYPES:
+            self._quick_sum(flat)
             scale_in_place(flat, scale)
         elif flat.nbytes <= SMALL_BYTES and _mpi_reduces(flat, op):
             self._comm.Allreduce(MPI.IN_PLACE, flat, _MPI_OPS[op])

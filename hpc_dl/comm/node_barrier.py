@@ -36,13 +36,14 @@ class NodeBarrier:
         self._mine = counters[node.rank]
         self._others = counters[: node.rank] + counters[node.rank + 1 :]
         self._arrivals = 0
+        self._fence = window.fence()
 
     def wait(self) -> None:
         """Return once all ranks of the node have called this as often as this one."""
         self._arrivals += 1
         # The fences order what was written to shared memory before the arrival, and what is
         # read from it afterwards.
-        window.fence()
+        self._fence()
         self._mine[0] = self._arrivals
         for counter in self._others:
             looks = 0
@@ -52,4 +53,4 @@ class NodeBarrier:
                     _yield_core()
                 else:
                     time.sleep(NAP)
-        window.fence()
+        self._fence()

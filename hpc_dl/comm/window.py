@@ -11,6 +11,7 @@ import mmap
 import os
 import secrets
 import tempfile
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -132,12 +133,9 @@ def _agree(node: MPI.Intracomm, fine: bool, message: str) -> None:
 
 
 @functools.cache
-def _own_window() -> MPI.Win:
+def fence() -> Callable[[], None]:
+    """Return a function that orders what this rank reads and writes in shared memory before
+    and after it is called."""
     own = MPI.Win.Allocate_shared(1, 1, comm=MPI.COMM_SELF)
     own.Lock_all(MPI.MODE_NOCHECK)
-    return own
-
-
-def fence() -> None:
-    """Order what this rank reads and writes in shared memory before and after this call."""
-    _own_window().Sync()
+    return own.Sync

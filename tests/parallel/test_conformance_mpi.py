@@ -6,6 +6,7 @@ which with three ranks makes nodes of different size.
 
 import gc
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import ClassVar
@@ -38,6 +39,32 @@ class TestOneNode(Mpi):
     node_size = 0
     thresholds = (64 * KB, 1 * MB, 3 * MB)
 
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_small_sums_follow_each_other_on_either_way(
+        self, comm: Communicator, dtype: type
+    ) -> None:
+        """Slots are written again while ranks are late, and calls come at once or in turn."""
+        generator = np.random.default_rng(comm.rank)
+        works, arrays, expected = [], [], []
+        for number in range(60):
+            count = int(
+                np.random.default_rng(number).integers(1, 64 * KB // np.dtype(dtype).itemsize)
+            )
+            x = np.full((1, count), comm.rank + number, dtype)
+            expected.append(comm.size * (comm.size - 1) / 2 + comm.size * number)
+            arrays.append(x)
+            if generator.random() < 0.1:
+                time.sleep(0.002)
+            # By rank, so that ranks meet in one collective by different ways.
+            if generator.random() < 0.5:
+                works.append(comm.allreduce_async(x))
+            else:
+                comm.allreduce(x)
+        for work in works:
+            work.wait()
+        for x, value in zip(arrays, expected, strict=True):
+            assert np.all(x == value)
+
 
 class TestNodesOfOne(Mpi):
     """Nothing but the wire: a gather up to 16 KB, then a ring of segments of 256 KB."""
@@ -55,7 +82,7 @@ class TestNodesOfTwo(Mpi):
 
     node_size = 2
     thresholds = (64 * KB, 1 * MB, 16 * MB)
-    half_roundings = 2  # for a node, and for all nodes
+    half_roundings = None  # one in each node, and one at each step of the ring
 
     @pytest.fixture(scope="class", autouse=True)
     @classmethod
