@@ -12,9 +12,14 @@ from typing import Any
 import tensorflow as tf
 
 from hpc_dl.comm import Communicator, Op
+from hpc_dl.comm.protocol import Array
 from hpc_dl.errors import MismatchError
 from hpc_dl.tensorflow import host
 
+#: Operations of a graph that bring in what it does not know beforehand.
+_INPUTS = ("Placeholder", "PlaceholderWithDefault")
+#: Operations whose result may follow from the shape of their inputs, which it knows.
+_OF_SHAPES = ("Shape", "ShapeN", "Size", "Rank", "ZerosLike", "OnesLike")
 #: The types that are reduced here; bfloat16 travels as float32.
 _TYPES = (tf.bfloat16, tf.float16, tf.float32, tf.float64)
 
@@ -81,7 +86,7 @@ def _allreduce(
     def one(t: Any, name: str | None) -> Any:
         before, during, after = _factors(t.dtype, factor)
         reduced = hvd.allreduce(
-            tf.cast(t, _sent_as(t.dtype)),
+            _unfolded(tf.cast(t, _sent_as(t.dtype))),
             op=hvd_op,
             name=name,
             prescale_factor=before,
@@ -91,6 +96,37 @@ def _allreduce(
         return tf.cast(reduced if after == 1.0 else reduced * after, t.dtype)
 
     return [one(t, None if name is None else f"{name}.{i}") for i, t in enumerate(tensors)]
+
+
+def _unfolded(t: Any) -> Any:
+    """Hide from TensorFlow that a tensor of a graph is a constant.
+
+    It takes Horovod's operation for a pure function. On a constant it would run it once,
+    while it optimises the graph, before the collectives that come first in the program.
+    """
+    return t if tf.executing_eagerly() or not _is_constant(t) else _through_host(t)
+
+
+def _is_constant(t: Any) -> bool:
+    """Tell whether a tensor of a graph follows from nothing but constants."""
+    seen, waiting = set(), [t.op]
+    while waiting:
+        operation = waiting.pop()
+        if operation.op_def.is_stateful or operation.type in _INPUTS:
+            return False
+        for tensor in () if operation.type in _OF_SHAPES else operation.inputs:
+            if tensor.op not in seen:
+                seen.add(tensor.op)
+                waiting.append(tensor.op)
+    return True
+
+
+@host.differentiable
+def _through_host(t: Any) -> Any:
+    def copy(x: Array) -> list[Array]:
+        return [x.copy()]
+
+    return host.call(copy, [t], [t.dtype], [t.shape])[0], lambda upstream: upstream
 
 
 def _factors(dtype: Any, factor: float) -> tuple[float, float, float]:

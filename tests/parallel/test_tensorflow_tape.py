@@ -134,6 +134,38 @@ def test_two_tapes_in_one_graph():
             assert everyone == [g.numpy().tobytes() for g in gradients]
 
 
+def test_gradients_that_are_constant_on_some_ranks(mode):
+    """What a graph knows beforehand is not reduced before its turn."""
+    a, b = tf.Variable([1.0, 2.0], name="a"), tf.Variable(3.0, name="b")
+
+    def step():
+        with tf.GradientTape() as tape:
+            linear = tf.reduce_sum(a) * 2.0
+            loss = linear if hvd.rank() == 0 else linear * b + tf.reduce_sum(a * a)
+            loss += b * b
+        return hvd.DistributedGradientTape(tape).gradient(loss, [a, b])
+
+    size, step = hvd.size(), mode(step)
+    for _ in range(3):
+        of_a, of_b = step()
+        others = np.array([2 * 3.0 + 2 * 1.0, 2 * 3.0 + 2 * 2.0])
+        np.testing.assert_allclose(of_a, (2.0 + (size - 1) * others) / size, rtol=1e-6)
+        assert float(of_b) == pytest.approx((6.0 + (size - 1) * (6.0 + 6.0)) / size)
+
+
+def test_a_constant_is_reduced_in_each_call(mode):
+    """The number of ranks at work is such a sum: it must not be that of the first call."""
+    name = f"constant.{mode is tf.function}"
+    call = mode(lambda: hvd.allreduce(tf.ones([2]), op=hvd.Sum, name=name))
+    before = hvd.size()
+    assert call().numpy().tolist() == [before] * 2
+    if hvd.rank() == hvd.size() - 1:
+        hvd.join()
+        return
+    assert call().numpy().tolist() == [before - 1] * 2
+    hvd.join()
+
+
 def test_uneven_batches_join(mode):
     w = variables()
     step = mode(step_of(w, hvd.DistributedGradientTape))
