@@ -6,6 +6,7 @@ than one copy. Only the reduced shares travel between nodes: local_size times le
 every rank sent its own buffer.
 """
 
+import weakref
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,9 @@ class MpiCommunicator(BaseCommunicator):
             else None
         )
         self._watch_node()
-        self._segments: list[window.Segment] = []
+        # By the number of the allocation; without those whose memory nobody refers to.
+        self._segments: dict[int, window.Segment] = {}
+        self._allocations = 0
         self._stage: window.Segment | None = None
 
     def _watch_node(self) -> None:
@@ -158,7 +161,7 @@ class MpiCommunicator(BaseCommunicator):
             self._allreduce_staged(flat, op, scale)
 
     def _window_views(self, flat: Array) -> list[Array] | None:
-        for segment in self._segments:
+        for segment in list(self._segments.values()):  # another thread may let go of one
             views = segment.views(flat)
             if views is not None:
                 return views
@@ -304,12 +307,18 @@ class MpiCommunicator(BaseCommunicator):
         return group
 
     def allocate(self, nbytes: int) -> NDArray[np.uint8]:
-        """Return zeroed memory in the node's shared window. All ranks call it alike."""
+        """Return zeroed memory in the node's shared window. All ranks call it alike.
+
+        It goes with the last reference to it.
+        """
         if nbytes == 0 or self._alone:
             return np.zeros(nbytes, np.uint8)
         segment: window.Segment = self._queue.run(lambda: window.allocate(self._node, nbytes))
-        self._segments.append(segment)
-        return segment.parts[self.local_rank]
+        memory = segment.own()
+        self._allocations += 1
+        self._segments[self._allocations] = segment
+        weakref.finalize(memory, self._segments.pop, self._allocations, None)
+        return memory
 
     def owns(self, x: Array) -> bool:
         """Tell whether ``x`` lies in a shared window."""
@@ -323,7 +332,8 @@ class MpiCommunicator(BaseCommunicator):
         super().close()
         if self._comm == MPI.COMM_NULL:
             return
-        self._segments, self._stage = [], None
+        self._segments.clear()
+        self._stage = None
         for comm in (self._cross, self._node, self._comm):
             comm.Free()
 

@@ -5,7 +5,6 @@ work than sharing it out, but there is no second wait, which for a small array i
 time: the sum takes less than MPI's own all-reduce.
 """
 
-
 import numpy as np
 from mpi4py import MPI
 

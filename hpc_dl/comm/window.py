@@ -12,7 +12,7 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from mpi4py import MPI
@@ -29,8 +29,19 @@ class Segment(NamedTuple):
     """One shared allocation: a part for each rank of the node, all of the same size."""
 
     parts: list[NDArray[np.uint8]]
+    memory: Any
+    """The whole of it, as a buffer."""
+    start: int
+    """Where in it this rank's part begins."""
     address: int
     nbytes: int
+
+    def own(self) -> NDArray[np.uint8]:
+        """Return this rank's part as an array that lives as long as any view of it.
+
+        A view of ``parts`` would keep alive what they all are views of.
+        """
+        return np.frombuffer(self.memory, np.uint8, self.nbytes, self.start)
 
     def views(self, flat: Array) -> list[Array] | None:
         """Return every rank's counterpart of ``flat`` if it lies in this rank's part."""
@@ -48,7 +59,7 @@ def allocate(node: MPI.Intracomm, nbytes: int) -> Segment:
     """
     if node.size == 1:
         alone = np.zeros(nbytes, np.uint8)
-        return Segment([alone], alone.ctypes.data, nbytes)
+        return Segment([alone], alone.data, 0, alone.ctypes.data, nbytes)
     # Parts begin on pages of their own: each rank's pages are then near its core.
     stride = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
     file = _open_shared(node)
@@ -60,7 +71,7 @@ def allocate(node: MPI.Intracomm, nbytes: int) -> Segment:
         os.close(file)
     whole = np.frombuffer(memory, np.uint8)
     parts = [whole[rank * stride :][:nbytes] for rank in range(node.size)]
-    return Segment(parts, parts[node.rank].ctypes.data, nbytes)
+    return Segment(parts, memory, node.rank * stride, parts[node.rank].ctypes.data, nbytes)
 
 
 def _folder() -> str:

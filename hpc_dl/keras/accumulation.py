@@ -5,6 +5,7 @@ from typing import Any
 
 import keras
 
+from hpc_dl.errors import OptionError
 from hpc_dl.keras.backend import dense, outside_graph
 
 Step = Callable[[list[Any]], None]
@@ -22,6 +23,7 @@ class Accumulator:
             average: divide them by ``passes``.
         """
         self._passes, self._average = passes, average
+        self._variables = list(variables)
         self._seen: set[int] = set()
         with outside_graph():
             self._count = keras.Variable(0, dtype="int32", trainable=False, name="passes")
@@ -31,6 +33,20 @@ class Accumulator:
                 )
                 for v in variables
             ]
+
+    def check(self, variables: Sequence[Any]) -> None:
+        """Make sure that these are the variables whose gradients are added up.
+
+        Raises:
+            OptionError: others, or in another order.
+        """
+        known = [id(v) for v in self._variables]
+        if known != [id(v) for v in variables]:
+            raise OptionError(
+                f"apply() was first called with {_names(self._variables)} and now with "
+                f"{_names(variables)}; with backward_passes_per_step give the same variables in "
+                "the same order each time"
+            )
 
     def add(self, gradients: Sequence[Any], step: Step) -> None:
         """Add gradients, None where there is none; call ``step`` with the sums in the last pass."""
@@ -54,3 +70,8 @@ class Accumulator:
         for s in self._sums:
             s.assign(keras.ops.zeros_like(s))
         self._count.assign(0)
+
+
+def _names(variables: Sequence[Any]) -> str:
+    shown = ", ".join(str(getattr(v, "path", v.name)) for v in variables[:3])
+    return f"{len(variables)} variables ({shown}{', ...' if len(variables) > 3 else ''})"

@@ -94,6 +94,14 @@ def broadcast_global_variables(root_rank: int, model: Any = None) -> None:
             f"broadcast_global_variables({root_rank}, model), or give model.fit() the callback "
             f"BroadcastGlobalVariablesCallback({root_rank})"
         )
+    broadcast_variables(global_variables(model), root_rank)
+
+
+def global_variables(model: Any) -> list[Any]:
+    """Return the variables of a model and its optimizer that are to be equal on all ranks.
+
+    The states of random generators are not among them: they are a rank's own.
+    """
     optimizer = getattr(model, "optimizer", None)
     owned = [] if optimizer is None else optimizer.variables
-    broadcast_variables([*model.variables, *owned], root_rank)
+    return [*model.weights, *owned]

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from hpc_dl.arrays import Layout, Parameter, host_view, torch_view
+from hpc_dl.reduce import Traffic
 from hpc_dl.torch.compression import resolve
 from hpc_dl.world import Group
 from hpc_dl.world.reducers import Gradient, GradientOptions, Place, Reducers, group_names
@@ -43,9 +44,9 @@ class GradientReduction:
             watch.compare((g.name, host_view(_tensor(g.source).detach().cpu())) for g in gradients)
         return [results.get(g.name) for g in gradients]
 
-    def bytes_sent(self) -> int:
-        """Return the bytes that this rank has sent."""
-        return self._reducers.bytes_sent()
+    def traffic(self) -> Traffic:
+        """Return steps, bytes sent and seconds waited so far."""
+        return self._reducers.traffic()
 
     def _reduce(
         self, gradients: Sequence[Gradient], device: torch.device, results: dict[str, Any]

@@ -17,8 +17,9 @@ from hpc_dl.comm import Op
 from hpc_dl.errors import OptionError, UnsupportedError
 from hpc_dl.keras.accumulation import Accumulator
 from hpc_dl.keras.backend import adapter, compressor, is_traced, reduction
+from hpc_dl.reduce import Traffic
 from hpc_dl.world import Group, ProcessSet, global_process_set
-from hpc_dl.world.local import LocalVariables
+from hpc_dl.world.local import LocalVariables, local_weights
 from hpc_dl.world.reducers import Gradient, GradientOptions, gradient_options, unique
 from hpc_dl.world.replicas import ReplicaWatch
 
@@ -52,6 +53,7 @@ class Distribution:
         self._caller_is_known = False
         optimizer.apply = self.apply
         optimizer.register_local_var = local.add
+        optimizer.traffic = self.traffic
         optimizer.distribution = self
 
     def apply(self, grads: Sequence[Any], trainable_variables: Iterable[Any] | None = None) -> None:
@@ -64,6 +66,7 @@ class Distribution:
         Raises:
             MismatchError: on all ranks, if they have different variables.
             ReplicaDivergenceError: on all ranks, if the values of their variables differ.
+            OptionError: with backward_passes_per_step, other variables than before.
             UnsupportedError: called by a LossScaleOptimizer around this optimizer.
         """
         self._check_caller(sys._getframe(1))
@@ -83,17 +86,21 @@ class Distribution:
                 optimizer.build(variables)
         if self._accumulator is None:
             self._accumulator = Accumulator(variables, *self._passes)
+        self._accumulator.check(variables)
         self._accumulator.add(gradients, lambda sums: self._step(sums, variables))
 
     def move_to(self, optimizer: Any) -> "Distribution":
         """Stop wrapping this optimizer and wrap another one alike."""
-        for name in ("apply", "register_local_var", "distribution"):
+        for name in ("apply", "register_local_var", "traffic", "distribution"):
             delattr(self._optimizer, name)
         return Distribution(optimizer, self._options, self._passes, self._local, self._label)
 
-    def bytes_sent(self) -> int:
-        """Return the bytes of dense gradients that this rank has sent from the host."""
-        return 0 if self._reduction is None else int(self._reduction.bytes_sent())
+    def traffic(self) -> Traffic:
+        """Return steps, bytes sent and seconds waited so far."""
+        if self._reduction is None:
+            return Traffic(0, 0, 0.0)
+        done: Traffic = self._reduction.traffic()
+        return done
 
     # --- one step -------------------------------------------------------------------
 
@@ -247,16 +254,16 @@ def PartialDistributedOptimizer(  # noqa: N802  (Horovod's name)
     Args:
         local_layers: built Keras layers, or one, that each rank trains by itself.
         options: of ``DistributedOptimizer``.
+
+    Raises:
+        OptionError: what is no layer, or has no variables yet.
     """
     layers = [] if local_layers is None else local_layers
     layers = list(layers) if isinstance(layers, list | tuple | set) else [layers]
-    wrong = next((x for x in layers if not isinstance(x, keras.layers.Layer)), None)
-    if wrong is not None:
-        raise OptionError(f"local_layers: {wrong!r} is no layer; give Keras layers")
+    weights = [weight for layer in layers for weight in local_weights(layer)]
     wrapped = DistributedOptimizer(optimizer, *args, **options)
-    for layer in layers:
-        for weight in layer.trainable_weights:
-            wrapped.register_local_var(weight)
+    for weight in weights:
+        wrapped.register_local_var(weight)
     return wrapped
 
 

@@ -1,6 +1,7 @@
 """Where gradients meet communicators: fusion buckets, overlap with backward, the guard."""
 
 from hpc_dl.reduce.guard import ReplicaGuard
-from hpc_dl.reduce.reducer import Reducer, Traffic
+from hpc_dl.reduce.reducer import Reducer
+from hpc_dl.reduce.traffic import Traffic
 
 __all__ = ["Reducer", "ReplicaGuard", "Traffic"]

@@ -32,8 +32,11 @@ def digests(named: Named) -> tuple[list[str], Array]:
     return names, np.array(hashes, np.uint64).view(np.int64)
 
 
-def check_replicas(comm: Communicator, named: Named, step: int) -> None:
+def check_replicas(comm: Communicator, named: Named, when: int | str) -> None:
     """Compare parameters over the ranks; all of them call this.
+
+    Args:
+        when: the step they come after, or another time in words.
 
     Raises:
         ReplicaDivergenceError: on all ranks; names the first parameter that differs.
@@ -47,8 +50,9 @@ def check_replicas(comm: Communicator, named: Named, step: int) -> None:
     differing = (table != table[0]).any(axis=0)
     first = int(differing.argmax())
     ranks = np.flatnonzero(table[:, first] != table[0, first])
+    time = when if isinstance(when, str) else f"step {when}"
     raise ReplicaDivergenceError(
-        f"after step {step} the replicas differ: {int(differing.sum())} of {len(names)} "
+        f"after {time} the replicas differ: {int(differing.sum())} of {len(names)} "
         f"parameters, first {names[first]!r}, on rank(s) {', '.join(map(str, ranks))} against "
         "rank 0. Usual causes: no broadcast of the initial parameters, an optimizer that "
         "is not wrapped, a random layer that changes weights, or a rank-dependent step. "

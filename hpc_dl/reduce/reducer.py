@@ -7,24 +7,15 @@ ready, so ranks can never wait for each other in different buckets.
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from hpc_dl.arrays import Layout
 from hpc_dl.comm import Communicator, Op, Work
+from hpc_dl.reduce.traffic import Traffic, bytes_of_allreduce
 
 #: Below this many bytes in all there is nothing to overlap: one reduction at the end of
 #: backward costs less than handing buckets to another thread.
 OVERLAP_BYTES = 1 << 20
-
-
-class Traffic(NamedTuple):
-    """What a reducer has done since it was made."""
-
-    steps: int
-    bytes_sent: int
-    """Bytes this rank put on the wire: 2 (n - 1) / n of the buckets in each step."""
-    wait_seconds: float
-    """Seconds in which the training thread waited for reductions."""
 
 
 class Reducer:
@@ -100,7 +91,7 @@ class Reducer:
             self._rearm()
         self._waited += time.perf_counter() - begin
         self._steps += 1
-        self._bytes += 2 * (self._comm.size - 1) * self.layout.nbytes // self._comm.size
+        self._bytes += bytes_of_allreduce(self.layout.nbytes, self._comm.size)
 
     def _finish(self) -> None:
         if not self._overlap:

@@ -35,6 +35,7 @@ from hpc_dl.tensorflow.functions import (
     broadcast_object_fn,
     broadcast_variables,
 )
+from hpc_dl.tensorflow.optimizer import DistributedOptimizer
 from hpc_dl.tensorflow.queries import (
     local_rank_op,
     local_size_op,
@@ -79,7 +80,7 @@ from hpc_dl.world import (
 init = partial(init_framework, framework="tensorflow")
 
 #: Names of the Keras adapter that Horovod has here too.
-_FROM_KERAS = ("DistributedOptimizer", "SyncBatchNormalization")
+_FROM_KERAS = ("SyncBatchNormalization",)
 
 
 def __getattr__(name: str) -> Any:

@@ -100,9 +100,11 @@ def allreduce_dense(
     tensors: Sequence[Any], op: Op, scale: float, name: str | None, process_set: ProcessSet
 ) -> list[Any]:
     """Combine dense tensors; the gradient is combined by the same op, as in Horovod."""
-    comm = process_set.group().comm
-    if native.serves(comm, tensors, op, scale):
-        return native.allreduce(comm, tensors, op, scale, name)
+    if not tensors:
+        return []
+    group = process_set.group()
+    if native.serves(group.comm, tensors, op, scale):
+        return native.allreduce(group, tensors, op, scale, name)
 
     def on_host(*arrays: Array) -> list[Array]:
         flats = pack(arrays)

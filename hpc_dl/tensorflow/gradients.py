@@ -12,8 +12,10 @@ import tensorflow as tf
 
 from hpc_dl.arrays import Parameter
 from hpc_dl.comm.protocol import Array
+from hpc_dl.reduce import Traffic
+from hpc_dl.reduce.traffic import bytes_of_allreduce
 from hpc_dl.tensorflow import host, native
-from hpc_dl.tensorflow.allreduce import allreduce_slices
+from hpc_dl.tensorflow.allreduce import allreduce_dense, allreduce_slices
 from hpc_dl.tensorflow.compression import resolve
 from hpc_dl.world import Group
 from hpc_dl.world.reducers import Gradient, GradientOptions, Reducers, group_names
@@ -32,6 +34,7 @@ class GradientReduction:
         self.group, self._options = group, options
         self._compressor = resolve(options.compression)
         self._reducers = Reducers(group, label, options.op, options.predivide)
+        self._steps, self._bytes = 0, 0
 
     def __call__(self, gradients: Sequence[Gradient], watch: ReplicaWatch) -> list[Any]:
         """Return the combined gradients, None where there was none.
@@ -62,13 +65,34 @@ class GradientReduction:
                 self._options.process_set,
             )
             results.update(zip([g.name for g in sparse], slices, strict=True))
+            self._count_rows([g.value for g in sparse])
         if self._options.guard:
             _compare_if(due, gradients, watch)
         return [results.get(g.name) for g in gradients]
 
-    def bytes_sent(self) -> int:
-        """Return the bytes of dense gradients that this rank has sent from the host."""
-        return self._reducers.bytes_sent()
+    def traffic(self) -> Traffic:
+        """Return steps, bytes sent and seconds waited so far.
+
+        The seconds are those spent on the host; Horovod's own operations wait in the graph.
+        """
+        reduced = self._reducers.traffic()
+        return Traffic(
+            max(self._steps, reduced.steps),
+            self._bytes + reduced.bytes_sent,
+            reduced.wait_seconds,
+        )
+
+    def _count_rows(self, slices: Sequence[Any]) -> None:
+        """Count what this rank gives to gathers of rows."""
+        widths = [s.values.dtype.size for s in slices] + [s.indices.dtype.size for s in slices]
+        others = self.group.comm.size - 1
+
+        def on_host(*counts: Array) -> list[Array]:
+            self._bytes += others * sum(int(n) * w for n, w in zip(counts, widths, strict=True))
+            return []
+
+        parts = [s.values for s in slices] + [s.indices for s in slices]
+        host.call(on_host, [tf.size(part) for part in parts], [], [])
 
     def _reduce_dense(
         self, dense: Sequence[Gradient], watch: ReplicaWatch
@@ -78,11 +102,24 @@ class GradientReduction:
         scaled = [g.value if options.predivide == 1 else g.value / options.predivide for g in dense]
         pairs = [self._compressor.compress(tf.convert_to_tensor(value)) for value in scaled]
         sent = [g._replace(value=tensor) for g, (tensor, _) in zip(dense, pairs, strict=True)]
-        tensors = [g.value for g in sent]
+        # Sources that are tensors may have other shapes in each step; buckets are for variables.
+        variables = [i for i, g in enumerate(sent) if hasattr(g.source, "assign")]
+        others = [i for i in range(len(sent)) if i not in variables]
+        reduced: list[Any] = [None] * len(sent)
+        tensors = [sent[i].value for i in variables]
         if native.serves(self.group.comm, tensors, options.op, options.predivide):
-            reduced, due = self._reduce_natively(sent, watch)
+            combined, due = self._reduce_natively([sent[i] for i in variables], watch)
         else:
-            reduced, due = self._reduce_on_host(sent, watch)
+            combined, due = self._reduce_on_host([sent[i] for i in variables], watch)
+        combined += allreduce_dense(
+            [sent[i].value for i in others],
+            options.op,
+            options.predivide,
+            f"{self._reducers.label}.tensors",
+            options.process_set,
+        )
+        for i, tensor in zip([*variables, *others], combined, strict=True):
+            reduced[i] = tensor
         results = {
             g.name: self._compressor.decompress(tensor, context)
             for g, tensor, (_, context) in zip(dense, reduced, pairs, strict=True)
@@ -125,8 +162,12 @@ class GradientReduction:
             for g in sent
         )
 
+        nbytes = sum(p.nbytes for p in parameters)
+
         def on_host() -> list[Array]:
             self._reducers.agree_once(parameters)
+            self._steps += 1
+            self._bytes += bytes_of_allreduce(nbytes, self.group.comm.size)
             return [np.asarray(watch.due())]
 
         due = host.call(on_host, [], [tf.bool], [[]])[0]
@@ -134,7 +175,7 @@ class GradientReduction:
         with tf.control_dependencies([due]):
             tensors = [tf.identity(g.value) for g in sent]
         op, scale, label = self._options.op, self._options.predivide, self._reducers.label
-        return native.allreduce(self.group.comm, tensors, op, scale, label), due
+        return native.allreduce(self.group, tensors, op, scale, label), due
 
 
 def _compare_if(due: Any, gradients: Sequence[Gradient], watch: ReplicaWatch) -> None:

@@ -6,7 +6,7 @@ operations do not know, take the path over the host.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -15,6 +15,7 @@ from hpc_dl.comm import Communicator, Op
 from hpc_dl.comm.protocol import Array
 from hpc_dl.errors import MismatchError
 from hpc_dl.tensorflow import host
+from hpc_dl.world import Group
 
 #: Operations of a graph that bring in what it does not know beforehand.
 _INPUTS = ("Placeholder", "PlaceholderWithDefault")
@@ -38,12 +39,12 @@ def _sent_as(dtype: Any) -> Any:
 
 
 def allreduce(
-    comm: Any, tensors: Sequence[Any], op: Op, scale: float, name: str | None
+    group: Group, tensors: Sequence[Any], op: Op, scale: float, name: str | None
 ) -> list[Any]:
     """Combine tensors over the ranks into new ones; differentiable.
 
     Args:
-        comm: a Horovod communicator.
+        group: of a Horovod communicator.
         scale: a factor on the results of SUM and AVERAGE.
         name: the same on all ranks; by default that of the operation in the graph.
 
@@ -53,11 +54,11 @@ def allreduce(
     """
     if not tf.executing_eagerly():
         host.check_graph()
-        return _allreduce(comm, tensors, op, scale, name)
+        return _allreduce(group.comm, tensors, op, scale, name)
     try:
         # One by one, eager calls would each wait for the ranks; in a graph they overlap.
         # (Horovod's grouped call would too, but hangs when a rank has joined.)
-        results: list[Any] = _as_graph(comm, op, scale, name)(*tensors)
+        results: list[Any] = _graphs(group)(op, scale, name)(*tensors)
         return results
     except tf.errors.OpError as error:
         _, mismatch, detail = error.message.partition("Mismatched")
@@ -67,13 +68,20 @@ def allreduce(
         raise MismatchError(f"ranks called different things: mismatched{said}") from error
 
 
-@functools.lru_cache(maxsize=256)
-def _as_graph(comm: Any, op: Op, scale: float, name: str | None) -> Any:
-    @tf.function(autograph=False)  # type: ignore[untyped-decorator]
-    def run(*tensors: Any) -> list[Any]:
-        return _allreduce(comm, tensors, op, scale, name)
+def _graphs(group: Group) -> Callable[[Op, float, str | None], Any]:
+    """Return what makes, and keeps as long as the group, the graphs of eager calls."""
 
-    return run
+    def make(op: Op, scale: float, name: str | None) -> Any:
+        @tf.function(autograph=False)  # type: ignore[untyped-decorator]
+        def run(*tensors: Any) -> list[Any]:
+            return _allreduce(group.comm, tensors, op, scale, name)
+
+        return run
+
+    if _graphs not in group.kept:
+        group.kept[_graphs] = functools.lru_cache(maxsize=256)(make)
+    graphs: Callable[[Op, float, str | None], Any] = group.kept[_graphs]
+    return graphs
 
 
 def _allreduce(

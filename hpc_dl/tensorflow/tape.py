@@ -12,7 +12,7 @@ from hpc_dl.tensorflow import host
 from hpc_dl.tensorflow.compression import Compression, resolve
 from hpc_dl.tensorflow.gradients import GradientReduction
 from hpc_dl.world import Group, ProcessSet, global_process_set
-from hpc_dl.world.local import LocalVariables
+from hpc_dl.world.local import LocalVariables, local_weights
 from hpc_dl.world.reducers import Gradient, GradientOptions, gradient_options, unique
 from hpc_dl.world.replicas import ReplicaWatch
 
@@ -30,6 +30,9 @@ class DistributedGradientTape(tf.GradientTape):
     [2.0, 4.0]
     >>> hvd.shutdown()
     """
+
+    # Beside the state that it shares with the tape it wraps, which may be wrapped twice.
+    __slots__ = ("_hpc_dl_local", "_hpc_dl_options")
 
     def __init__(
         self,
@@ -70,7 +73,7 @@ class DistributedGradientTape(tf.GradientTape):
         if not isinstance(gradtape, tf.GradientTape):
             raise OptionError(f"gradtape={gradtape!r}; give a tf.GradientTape")
         # One state for both, so that either may be entered, and left, after this.
-        self.__dict__ = gradtape.__dict__
+        object.__setattr__(self, "__dict__", gradtape.__dict__)
         self._hpc_dl_options = gradient_options(
             op,
             resolve(compression),
@@ -155,15 +158,16 @@ def PartialDistributedGradientTape(  # noqa: N802  (Horovod's name)
     """Make a ``DistributedGradientTape`` that leaves the gradients of some layers alone.
 
     Args:
-        local_layers: Keras layers, or one, that each rank trains by itself.
+        local_layers: built Keras layers, or one, that each rank trains by itself.
         options: of ``DistributedGradientTape``.
+
+    Raises:
+        OptionError: what is no layer, or has no variables yet.
     """
     tape = DistributedGradientTape(gradtape, *args, **options)
-    layers = local_layers or []
+    layers = [] if local_layers is None else local_layers
     for layer in layers if isinstance(layers, list | tuple | set) else [layers]:
-        if not hasattr(layer, "trainable_weights"):
-            raise OptionError(f"local_layers: {layer!r} is no layer; give Keras layers")
-        for weight in layer.trainable_weights:
+        for weight in local_weights(layer):
             tape.register_local_source(weight)
     return tape
 
@@ -179,7 +183,8 @@ class _Tapes:
 
     def __init__(self) -> None:
         self.reductions: dict[Any, GradientReduction] = {}
-        self.watches: dict[int, tuple[weakref.ref[Any], ReplicaWatch]] = {}
+        self.watches: dict[tuple[int, bool], tuple[weakref.ref[Any], ReplicaWatch]] = {}
+        self.no_watch: ReplicaWatch | None = None
 
     def reduction(self, group: Group, options: GradientOptions) -> GradientReduction:
         """Return the reduction with these options."""
@@ -192,18 +197,23 @@ class _Tapes:
             self.reductions[key] = GradientReduction(group, options, "DistributedGradientTape")
         return self.reductions[key]
 
-    def watch(self, group: Group, variable: Any, enabled: bool) -> ReplicaWatch:
-        """Return the count of steps of the variables of which ``variable`` is the first."""
-        known = self.watches.get(id(variable))
+    def watch(self, group: Group, sources: Sequence[Any], guard: bool) -> ReplicaWatch:
+        """Return the count of steps of these variables, known by the first of them.
+
+        Tensors among the sources are others in each step, and are not compared.
+        """
+        variable = next((source for source in sources if hasattr(source, "assign")), None)
+        if variable is None:
+            self.no_watch = self.no_watch or ReplicaWatch(group, enabled=False)
+            return self.no_watch
+        key = id(variable), guard
+        known = self.watches.get(key)
         if known is None or known[0]() is not variable:
-            for gone in [i for i, (alive, _) in self.watches.items() if alive() is None]:
+            for gone in [k for k, (alive, _) in self.watches.items() if alive() is None]:
                 del self.watches[gone]
-            known = weakref.ref(variable), ReplicaWatch(group, enabled)
-            self.watches[id(variable)] = known
+            known = weakref.ref(variable), ReplicaWatch(group, guard)
+            self.watches[key] = known
         return known[1]
-
-
-_tapes: weakref.WeakKeyDictionary[Group, _Tapes] = weakref.WeakKeyDictionary()
 
 
 def _reduction_of(
@@ -211,6 +221,6 @@ def _reduction_of(
 ) -> tuple[GradientReduction, ReplicaWatch]:
     """Find the reduction with these options, and the count of steps of these variables."""
     group = options.process_set.group()
-    tapes = _tapes.setdefault(group, _Tapes())
-    watch = tapes.watch(group, gradients[0].source, options.guard)
+    tapes: _Tapes = group.kept.setdefault(_Tapes, _Tapes())
+    watch = tapes.watch(group, [g.source for g in gradients], options.guard)
     return tapes.reduction(group, options), watch

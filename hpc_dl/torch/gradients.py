@@ -15,6 +15,7 @@ from hpc_dl.arrays import BFLOAT16, Parameter, plan, torch_view
 from hpc_dl.comm import Op
 from hpc_dl.errors import HpcDlError
 from hpc_dl.reduce import Reducer, Traffic
+from hpc_dl.reduce.traffic import total
 from hpc_dl.torch.sparse import allreduce_sparse
 from hpc_dl.world import Call, Group
 from hpc_dl.world.parameters import Described, check_parameters
@@ -212,12 +213,8 @@ class GradientReduction:
 
     def traffic(self) -> Traffic:
         """Return steps, bytes sent and seconds waited so far."""
-        parts = [reducer.traffic() for reducer in self._reducers] or [Traffic(0, 0, 0.0)]
-        return Traffic(
-            max(part.steps for part in parts),
-            sum(part.bytes_sent for part in parts) + self._sparse_bytes,
-            sum(part.wait_seconds for part in parts),
-        )
+        reduced = total(reducer.traffic() for reducer in self._reducers)
+        return reduced._replace(bytes_sent=reduced.bytes_sent + self._sparse_bytes)
 
     def close(self) -> None:
         """Unhook the gradients."""

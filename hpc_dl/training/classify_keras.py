@@ -44,7 +44,7 @@ def fit(
     return Outcome(
         recorder.tested.get("loss"),
         recorder.tested.get("accuracy"),
-        model.optimizer.distribution.bytes_sent(),
+        model.optimizer.traffic().bytes_sent,
         weights_digest(weights),
     )
 

@@ -8,6 +8,7 @@ A communicator that compares calls itself (Horovod) is called directly.
 """
 
 import json
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,7 +58,10 @@ class Group:
     def __init__(self, comm: Communicator):
         self.comm = comm
         self._counts: dict[str, int] = {}
-        self._reducers: dict[str, Reducer] = {}
+        # Their optimizers own them; one that is gone must not keep its buckets.
+        self._reducers: weakref.WeakValueDictionary[str, Reducer] = weakref.WeakValueDictionary()
+        self.kept: dict[Any, Any] = {}
+        """What adapters keep as long as this group."""
         self._joined_before: set[int] = set()
 
     def name(self, what: str, given: str | None) -> str:
@@ -220,13 +224,14 @@ class Group:
             self.comm.barrier()
 
     def _reducer(self, name: str) -> Reducer:
-        if name not in self._reducers:
+        reducer = self._reducers.get(name)
+        if reducer is None:
             raise MismatchError(
                 f"rank {self.comm.rank} has joined and cannot serve {name!r}: it has not made the "
                 "optimizer, or not reduced these gradients, that the others do. Make at least "
                 "one step on every rank before join()"
             )
-        return self._reducers[name]
+        return reducer
 
 
 def _parse(text: str) -> Call:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from hpc_dl.errors import OptionError
 from hpc_dl.world.process_sets import ProcessSet
 
 
@@ -20,10 +21,10 @@ class LocalVariables:
 
     def add(self, variable: Any) -> None:
         """Make ``variable`` local."""
-        self._members[id(_native(variable))] = variable
+        self._members[id(native(variable))] = variable
 
     def __contains__(self, variable: object) -> bool:
-        return id(_native(variable)) in self._members
+        return id(native(variable)) in self._members
 
     def scaled(self, gradient: Any) -> Any:
         """Return the gradient of a local variable as it is to be applied."""
@@ -35,7 +36,23 @@ class LocalVariables:
         return gradient / size
 
 
-def _native(variable: Any) -> Any:
+def native(variable: Any) -> Any:
     """Return the framework's variable inside a Keras variable."""
     inner = getattr(variable, "value", None)
     return variable if inner is None or callable(inner) else inner
+
+
+def local_weights(layer: Any) -> list[Any]:
+    """Return the variables of a Keras layer that each rank is to train by itself.
+
+    Raises:
+        OptionError: it is no layer, or is not built: its variables do not exist yet.
+    """
+    if not hasattr(layer, "trainable_weights"):
+        raise OptionError(f"local_layers: {layer!r} is no layer; give Keras layers")
+    if not layer.built:
+        raise OptionError(
+            f"local_layers: {layer!r} has no variables yet; build it first, with "
+            "layer.build(input_shape) or by calling the model once"
+        )
+    return list(layer.trainable_weights)

@@ -11,8 +11,10 @@ from typing import Any, NamedTuple
 from hpc_dl.arrays import Layout, Parameter, plan
 from hpc_dl.comm import Op
 from hpc_dl.errors import OptionError
-from hpc_dl.reduce import Reducer
+from hpc_dl.reduce import Reducer, Traffic
+from hpc_dl.reduce.traffic import total
 from hpc_dl.world.group import Call, Group
+from hpc_dl.world.local import native
 from hpc_dl.world.parameters import Described, check_parameters
 from hpc_dl.world.process_sets import ProcessSet
 
@@ -119,8 +121,10 @@ def group_names(
         count = min(groups, len(names))
         bounds = [len(names) * i // max(count, 1) for i in range(count + 1)]
         return tuple(tuple(names[a:b]) for a, b in itertools.pairwise(bounds))
-    name_of = {id(variable): name for name, variable in zip(names, variables, strict=True)}
-    resolved = tuple(tuple(name_of[id(v)] for v in group if id(v) in name_of) for group in groups)
+    name_of = {id(native(v)): name for name, v in zip(names, variables, strict=True)}
+    resolved = tuple(
+        tuple(name_of[id(native(v))] for v in group if id(native(v)) in name_of) for group in groups
+    )
     flat = [name for group in resolved for name in group]
     twice = next((name for name in flat if flat.count(name) > 1), None)
     if twice is not None:
@@ -220,6 +224,6 @@ class Reducers:
         views, place = reducer.views(), layout.place()
         return Buckets(reducer, tuple(Place(place[p.name][0], views[p.name]) for p in parameters))
 
-    def bytes_sent(self) -> int:
-        """Return the bytes that this rank has put on the wire."""
-        return sum(buckets.reducer.traffic().bytes_sent for buckets in self._known.values())
+    def traffic(self) -> Traffic:
+        """Return steps, bytes sent and seconds waited so far."""
+        return total(buckets.reducer.traffic() for buckets in self._known.values())

@@ -6,7 +6,7 @@ import pytest
 from keras_training import BACKEND, OPTIMIZERS, batch, equal_on_all_ranks, furthest, model, shard
 
 import hpc_dl.keras as hvd
-from hpc_dl.errors import MismatchError, OptionError, UnsupportedError
+from hpc_dl.errors import MismatchError, OptionError, ReplicaDivergenceError, UnsupportedError
 from hpc_dl.keras.backend import to_numpy
 from hpc_dl.keras.optimizer import is_distributed
 
@@ -79,11 +79,72 @@ def test_a_whole_run_with_all_callbacks(rows, tmp_path):
     assert recorder.epochs[-1]["val_loss"] == pytest.approx(averaged, rel=1e-4)
 
     assert hvd.allgather_object(best.exists()) == [rank == 0 for rank in range(n)]
+
+
+def test_the_model_that_is_best_on_average_is_kept(tmp_path):
+    """By its own metric each rank would keep another one."""
+    n, path = hvd.size(), tmp_path / "best.keras"
+    net = model()
+    net.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    callback = hvd.callbacks.BestModelCheckpoint(monitor="val_loss", filepath=str(path))
+    callback.set_model(net)
+    averages, kept = [3.0, 1.0, 2.0], []
+    for epoch, average in enumerate(averages):
+        net.set_weights([w + 1 for w in net.get_weights()])
+        kept.append(net.get_weights())
+        # Far apart between ranks, with their mean as said; rank 0's falls from epoch to epoch.
+        slope = -10.0 * epoch * (hvd.rank() == 0) + 10.0 * epoch * (hvd.rank() == n - 1)
+        callback.on_epoch_end(epoch, {"val_loss": average + slope})
+    assert callback.best == pytest.approx(1.0)
     if hvd.rank() == 0:
-        lowest = min(epoch["val_loss"] for epoch in recorder.epochs)
-        kept = keras.models.load_model(best)
-        if lowest == recorder.epochs[-1]["val_loss"]:
-            assert furthest(kept.get_weights(), net.get_weights()) == 0
+        best = keras.models.load_model(path).get_weights()
+        assert furthest(best, kept[1]) == 0
+
+
+def test_an_epoch_without_the_metric_is_passed_over(tmp_path):
+    net = model()
+    net.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    callback = hvd.callbacks.BestModelCheckpoint(filepath=str(tmp_path / "best.keras"))
+    callback.set_model(net)
+    if hvd.rank() == 0:
+        with pytest.warns(UserWarning, match="val_loss"):
+            callback.on_epoch_end(0, {"loss": 1.0})
+    else:
+        callback.on_epoch_end(0, {"loss": 1.0})
+    callback.on_epoch_end(1, {"loss": 1.0, "val_loss": 2.0})
+    assert callback.best == pytest.approx(2.0)
+
+
+def test_arrays_among_the_metrics_are_averaged():
+    logs = {"f1": np.array([hvd.rank(), 1.0]), "loss": float(hvd.rank())}
+    hvd.callbacks.MetricAverageCallback().on_epoch_end(0, logs)
+    np.testing.assert_allclose(logs["f1"], [(hvd.size() - 1) / 2, 1.0])
+    assert logs["loss"] == pytest.approx((hvd.size() - 1) / 2)
+
+
+def test_each_rank_keeps_its_seeds(rows):
+    """Ranks with seeds of their own go on to draw different masks."""
+    net = keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dropout(0.5, seed=hvd.rank()), keras.layers.Dense(3)]
+    )
+    net.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse")
+    callback = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+    net.fit(*shard(0, rows), batch_size=6, verbose=0, callbacks=[callback])
+    states = [to_numpy(v).tolist() for v in net.non_trainable_variables if "seed" in v.path]
+    everyone = hvd.allgather_object(states)
+    assert states
+    assert len({str(theirs) for theirs in everyone}) == hvd.size()
+    assert equal_on_all_ranks(net.get_weights())
+
+
+def test_an_optimizer_that_is_not_distributed_is_found_out(rows):
+    if hvd.size() == 1:
+        pytest.skip("one rank cannot differ from itself")
+    net = model(seed=0)
+    net.compile(keras.optimizers.SGD(0.1), "mse")
+    callback = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+    with pytest.raises(ReplicaDivergenceError, match="after epoch 1 the replicas differ"):
+        net.fit(*shard(0, rows), batch_size=6, verbose=0, callbacks=[callback])
 
 
 def test_broadcast_comes_before_the_first_batch_of_a_built_model(rows):

@@ -1,5 +1,7 @@
 """The distributed optimizer of Keras on real ranks; true for any number of them."""
 
+import gc
+
 import keras
 import numpy as np
 import pytest
@@ -131,10 +133,65 @@ def test_backward_passes_in_a_graph(rows):
 def test_groups_do_not_change_the_result(groups, rows):
     alone = train_alone(OPTIMIZERS["sgd"], 2, rows)
     net = model()
-    wanted = [net.trainable_variables[:2]] if groups == "lists" else groups
+    wanted = [net.trainable_variables[1:3]] if groups == "lists" else groups
     optimizer = hvd.DistributedOptimizer(OPTIMIZERS["sgd"](), groups=wanted)
     together = train(net, optimizer, 2, lambda step: shard(step, rows))
     assert furthest(alone, together) <= 1e-10
+    if hvd.size() > 1 and hvd.global_process_set.group().comm.name == "mpi":
+        (buckets,) = optimizer.distribution._reduction._reducers._known.values()
+        layout = buckets.reducer.layout
+        assert len(layout.buckets) == {1: 1, 3: 3, "lists": 2}[groups]
+        if groups == "lists":
+            together = {v.path for v in wanted[0]}
+            assert together in [{p.name for p in bucket.parameters} for bucket in layout.buckets]
+
+
+def test_backward_passes_are_of_the_same_variables():
+    a, b = keras.Variable([1.0]), keras.Variable([2.0])
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.1), backward_passes_per_step=2)
+    optimizer.build([a, b])
+    one = keras.ops.ones([1])
+    optimizer.apply([one, one], [a, b])
+    with pytest.raises(OptionError, match=r"2 variables .* and now with 1 variables"):
+        optimizer.apply([one], [b])
+    with pytest.raises(OptionError, match="same order"):
+        optimizer.apply([one, one], [b, a])
+
+
+def test_some_layers_can_be_each_ranks_own(rows):
+    net = model(seed=0)
+    own = net.layers[-1]
+    optimizer = hvd.PartialDistributedOptimizer(
+        keras.optimizers.SGD(0.1), local_layers=own, scale_local_gradients=False, guard=False
+    )
+    # Each rank sees other data, so what is its own comes apart, and the rest does not.
+    train(net, optimizer, 1, lambda step: batch(hvd.rank(), rows))
+    own_names = {v.path for v in own.trainable_variables}
+    values = {v.path: to_numpy(v) for v in net.trainable_variables}
+    assert equal_on_all_ranks([x for path, x in values.items() if path not in own_names])
+    if hvd.size() > 1:
+        assert not equal_on_all_ranks([values[path] for path in own_names])
+    with pytest.raises(OptionError, match="has no variables yet"):
+        hvd.PartialDistributedOptimizer(
+            keras.optimizers.SGD(0.1), local_layers=[keras.layers.Dense(2)]
+        )
+
+
+def test_an_optimizer_that_is_gone_leaves_no_buckets(rows):
+    group = hvd.global_process_set.group()
+    gc.collect()
+    before = len(group._reducers)
+    shared = len(getattr(group.comm, "_segments", ()))
+    for _ in range(3):
+        train(
+            model(),
+            hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)),
+            1,
+            lambda s: shard(s, rows),
+        )
+        gc.collect()
+    assert len(group._reducers) == before
+    assert len(getattr(group.comm, "_segments", ())) == shared
 
 
 @pytest.mark.parametrize(("compression", "tolerance"), [("fp16", 2e-3), ("bf16", 2e-2)])

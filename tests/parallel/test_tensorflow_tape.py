@@ -1,6 +1,8 @@
 """Gradient tapes on real ranks; true for any number of them."""
 
+import gc
 import os
+import weakref
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
@@ -105,6 +107,67 @@ def test_sources_may_be_nested_missing_sparse_and_tensors(mode):
     np.testing.assert_allclose(tf.convert_to_tensor(result["t"]), expected)
 
 
+def test_a_tensor_in_front_of_the_variables_does_not_switch_the_guard_off():
+    if hvd.size() == 1:
+        pytest.skip("one replica cannot diverge")
+    w = tf.Variable(1.0 + hvd.rank())
+
+    def step(number):
+        x = tf.constant(float(number))
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            loss = w * x
+        return hvd.DistributedGradientTape(tape).gradient(loss, [x, w])
+
+    step(1)
+    with pytest.raises(ReplicaDivergenceError, match="1 parameters"):
+        step(2)
+
+
+def test_tensors_of_any_shape_leave_no_buckets_behind():
+    def step(rows):
+        x, w = tf.ones([rows, 2]) * (hvd.rank() + 1.0), tf.ones([2])
+        with tf.GradientTape() as tape:
+            tape.watch([x, w])
+            loss = tf.reduce_sum(x * x) + tf.reduce_sum(w)
+        return hvd.DistributedGradientTape(tape).gradient(loss, [x, w])[0]
+
+    group = hvd.global_process_set.group()
+    before = len(group._reducers), len(group._counts)
+    for rows in range(1, 6):
+        mean = 2 * (hvd.size() + 1) / 2
+        np.testing.assert_allclose(step(rows), np.full((rows, 2), mean), rtol=1e-6)
+    assert len(group._reducers) <= before[0] + 1
+    assert len(group._counts) <= before[1] + 2
+
+
+def test_a_tape_can_be_wrapped_twice():
+    w = tf.Variable([1.0, 2.0])
+    with tf.GradientTape(persistent=True) as tape:
+        loss = tf.reduce_sum(w * w) * float(hvd.rank() + 1)
+    mean = hvd.DistributedGradientTape(tape)
+    total = hvd.DistributedGradientTape(tape, op=hvd.Sum, guard=False)
+    expected = 2 * w.numpy() * (hvd.size() + 1) / 2
+    np.testing.assert_allclose(mean.gradient(loss, w), expected, rtol=1e-6)
+    np.testing.assert_allclose(total.gradient(loss, w), expected * hvd.size(), rtol=1e-6)
+
+
+def test_a_process_set_that_is_gone_keeps_nothing():
+    if hvd.size() < 3:
+        pytest.skip("a set of one rank reduces nothing, and one of all ranks is there already")
+    some = hvd.add_process_set([0, 1])
+    w, group = tf.Variable([1.0, 2.0]), None
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(w * w)
+    if some.included():
+        hvd.DistributedGradientTape(tape, process_set=some).gradient(loss, w)
+        group = weakref.ref(some.group())
+    hvd.remove_process_set(some)
+    del some, tape
+    gc.collect()
+    assert group is None or group() is None
+
+
 def test_local_sources_keep_their_gradient():
     a, b = tf.Variable(1.0, name="a"), tf.Variable(1.0, name="b")
     with tf.GradientTape() as tape:
@@ -129,9 +192,16 @@ def test_two_tapes_in_one_graph():
 
     x, y = (tf.constant(part) for part in batch(hvd.rank(), 4))
     one, two = step(x, y)
-    for gradients in (one, two):
-        for everyone in hvd.allgather_object([g.numpy().tobytes() for g in gradients]):
-            assert everyone == [g.numpy().tobytes() for g in gradients]
+    for weights, gradients, scale in ((first, one, 1.0), (second, two, 2.0)):
+        expected = [np.zeros(v.shape) for v in weights]
+        for rank in range(hvd.size()):
+            their_x, their_y = (tf.constant(part) for part in batch(rank, 4))
+            with tf.GradientTape() as tape:
+                loss = loss_of(weights, scale * their_x, their_y)
+            for total, g in zip(expected, tape.gradient(loss, weights), strict=True):
+                total += g.numpy() / hvd.size()
+        for total, g in zip(expected, gradients, strict=True):
+            np.testing.assert_allclose(g, total, rtol=1e-12)
 
 
 def test_gradients_that_are_constant_on_some_ranks(mode):

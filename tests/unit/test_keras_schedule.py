@@ -66,6 +66,36 @@ def test_warmup_goes_from_the_rate_of_one_rank_to_that_of_all(monkeypatch, capsy
     assert capsys.readouterr().out.count("finished gradual learning rate warmup to 0.8") == 1
 
 
+@pytest.mark.parametrize("epochs", [0.5, 1, 2.5])
+@pytest.mark.parametrize("execution", [1, 4, 10])
+def test_warmup_ends_at_the_rate_of_all(monkeypatch, epochs, execution):
+    """With a fraction of an epoch, and called only once for several steps."""
+    monkeypatch.setattr(schedule, "size", lambda: 8)
+    callback = hvd.callbacks.LearningRateWarmupCallback(0.8, warmup_epochs=epochs)
+    optimizer, steps = keras.optimizers.SGD(0.8), 10
+    callback.set_model(Model(optimizer))
+    callback.set_params({"steps": steps})
+    callback.on_train_begin()
+    rates = []
+    for epoch in range(4):
+        callback.on_epoch_begin(epoch)
+        for batch in range(0, steps, execution):
+            callback.on_train_batch_begin(batch)
+            rates.append(float(to_numpy(optimizer.learning_rate)))
+        callback.on_epoch_end(epoch, {})
+    assert rates[0] == pytest.approx(0.1 + 0.7 / (epochs * steps))
+    assert np.all(np.diff(rates) >= -1e-7)
+    assert max(rates) == pytest.approx(0.8)
+    after = -(-steps // execution) * -(-epochs // 1)
+    assert rates[int(after) :] == pytest.approx([0.8] * (len(rates) - int(after)))
+
+
+@pytest.mark.parametrize("epochs", [-1, float("nan"), float("inf")])
+def test_warmup_of_no_such_number_of_epochs(epochs):
+    with pytest.raises(OptionError, match="0 or more"):
+        hvd.callbacks.LearningRateWarmupCallback(0.8, warmup_epochs=epochs)
+
+
 def test_a_staircase_acts_at_the_beginning_of_its_epochs():
     callback = hvd.callbacks.LearningRateScheduleCallback(
         1.0, lambda epoch: 1 / (1 + epoch), start_epoch=1, end_epoch=3
@@ -131,15 +161,12 @@ def test_what_is_missing_is_named():
         fixed.on_train_batch_begin(0)
 
 
-def test_the_best_model_has_a_name_and_only_epochs_are_averaged():
+def test_the_best_model_has_a_name_and_is_of_an_epoch():
     assert hvd.callbacks.BestModelCheckpoint().filepath == "best_model.keras"
     weights = hvd.callbacks.BestModelCheckpoint(save_weights_only=True)
     assert weights.filepath == "best_model.weights.h5"
     with pytest.raises(OptionError, match="save_freq"):
         hvd.callbacks.BestModelCheckpoint(save_freq=10)
-    best = hvd.callbacks.BestModelCheckpoint(monitor="val_loss")
-    with pytest.raises(OptionError, match="loss"):
-        best.on_epoch_end(0, {"loss": 1.0})
 
 
 def test_a_backend_that_is_not_served_is_named(monkeypatch):

@@ -36,8 +36,8 @@ ALLOWED: dict[str, set[str]] = {
     "testing": CORE | {"torch", "tensorflow", "keras", "data", "observe", "launch"},
     "jobs": {"errors", "data", "observe", "models", "training", "cli", "world", "torch", "keras"},
 }
-#: Horovod calls its Keras adapter by two names; the second is this file, and holds nothing.
-ALIASES = {PACKAGE / "tensorflow" / "keras.py"}
+#: Horovod calls its Keras adapter by two names; the second is this folder, and holds nothing.
+ALIASES = set((PACKAGE / "tensorflow" / "keras").glob("*.py"))
 
 FRAMEWORKS = ("torch", "tensorflow", "keras", "mpi4py", "horovod", "numba")
 

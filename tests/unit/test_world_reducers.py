@@ -86,7 +86,7 @@ def test_sets_of_gradients_take_turns(size):
             found.places[0].view[:] = comm.rank + step
             found.reducer.finish()
             results.append(found.places[0].view.copy())
-        return results, reducers.bytes_sent()
+        return results, reducers.traffic().bytes_sent
 
     for results, sent in run_threads(size, rank):
         for step, result in enumerate(results):

@@ -3,14 +3,20 @@
 from typing import Any
 
 from hpc_dl.errors import OptionError
+from hpc_dl.keras.backend import to_numpy
 from hpc_dl.keras.callbacks.prepare import ModelCallback
-from hpc_dl.keras.collectives import broadcast_variables
+from hpc_dl.keras.collectives import broadcast_variables, global_variables
+from hpc_dl.keras.optimizer import is_distributed
+from hpc_dl.reduce.guard import check_replicas
+from hpc_dl.world import size
 from hpc_dl.world.local import LocalVariables
 from hpc_dl.world.process_sets import global_process_set
 
 
 class BroadcastGlobalVariablesCallback(ModelCallback):
     """Broadcast all variables of model and optimizer from one rank.
+
+    Seeds stay as they are: ranks that are to draw other dropout masks and augmentations, do.
 
     A model that is built is broadcast before the first batch; one that is built by the first
     batch after that batch, as in Horovod.
@@ -49,8 +55,20 @@ class BroadcastGlobalVariablesCallback(ModelCallback):
         """Broadcast after the first batch if it could not be done before."""
         self._broadcast()
 
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Compare the ranks where no distributed optimizer does so.
+
+        Raises:
+            ReplicaDivergenceError: on all ranks, if their weights differ.
+        """
+        if size() == 1 or is_distributed(self.model.optimizer):
+            return
+        shared = [v for v in self.model.trainable_variables if v not in self._local]
+        named = [(v.path, to_numpy(v)) for v in shared]
+        check_replicas(global_process_set.group().comm, named, f"epoch {epoch + 1}")
+
     def _broadcast(self) -> None:
         if not self.broadcast_done:
-            variables = [*self.model.variables, *self.model.optimizer.variables]
+            variables = global_variables(self.model)
             broadcast_variables([v for v in variables if v not in self._local], self.root_rank)
             self.broadcast_done = True

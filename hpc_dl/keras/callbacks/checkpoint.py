@@ -6,7 +6,7 @@ import keras
 
 from hpc_dl.errors import OptionError
 from hpc_dl.keras.callbacks.metrics import average
-from hpc_dl.world import rank
+from hpc_dl.world import broadcast_object, rank
 
 
 class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
@@ -49,8 +49,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Average the metric over the ranks, and save on rank 0 if it is the best so far."""
         logs = dict(logs or {})
-        if self.monitor not in logs:
-            raise OptionError.unknown("metric to monitor", self.monitor, logs)
-        logs.update(average(logs, [self.monitor]))
+        logs.update(average(logs, [self.monitor] if self.monitor in logs else []))
         if rank() == 0:
-            super().on_epoch_end(epoch, logs)
+            super().on_epoch_end(epoch, logs)  # which warns where there is no such metric
+        self.best: Any = broadcast_object(self.best)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 
 from hpc_dl.comm import Op
@@ -12,8 +13,10 @@ from hpc_dl.world import allgather_object, global_process_set
 from hpc_dl.world.collectives import allreduce_now
 
 
-def average(logs: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
-    """Return the averages over the ranks of the named numbers; all ranks name the same ones.
+def average(logs: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return the averages over the ranks of the named numbers and arrays.
+
+    All ranks name the same ones, of the same shapes.
 
     Raises:
         MismatchError: on all ranks, if they name different ones.
@@ -26,9 +29,15 @@ def average(logs: dict[str, Any], names: Sequence[str]) -> dict[str, float]:
             f"{', '.join(everyone[other])} on rank {other}. Compile the same metrics, and "
             "validate, on all ranks"
         )
-    values = np.array([float(logs[name]) for name in names])
-    allreduce_now(values, Op.AVERAGE, 1.0, None, global_process_set)
-    return dict(zip(names, values.tolist(), strict=True))
+    values = [np.asarray(keras.ops.convert_to_numpy(logs[name]), np.float64) for name in names]
+    flat = np.concatenate([value.reshape(-1) for value in values] or [np.empty(0)])
+    allreduce_now(flat, Op.AVERAGE, 1.0, None, global_process_set)
+    ends = np.cumsum([value.size for value in values])[:-1]
+    averages = np.split(flat, ends) if values else []
+    return {
+        name: average.reshape(value.shape) if value.ndim else float(average[0])
+        for name, value, average in zip(names, values, averages, strict=True)
+    }
 
 
 class MetricAverageCallback(ModelCallback):
@@ -49,4 +58,4 @@ class MetricAverageCallback(ModelCallback):
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Replace the metrics in ``logs`` by their averages."""
         if logs is not None:
-            logs.update(average(logs, sorted(name for name in logs if np.ndim(logs[name]) == 0)))
+            logs.update(average(logs, sorted(logs)))

@@ -31,6 +31,13 @@ def prepare(model: Any) -> None:
     inner: Any = getattr(outer, "inner_optimizer", None)
     if is_distributed(inner):
         inner.distribution.move_to(outer)
+    if outer is not None and size() > 1 and rank() == 0 and not is_distributed(model.optimizer):
+        log.warning(
+            "the optimizer of model %r is not distributed, so each rank trains by itself, unless "
+            "a DistributedGradientTape combines the gradients. Wrap it in DistributedOptimizer; "
+            "load a saved model with hpc_dl.keras.load_model",
+            model.name,
+        )
     if backend.NAME != "tensorflow" or not is_distributed(model.optimizer) or size() == 1:
         return
     if model.jit_compile:

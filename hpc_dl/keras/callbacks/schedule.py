@@ -4,6 +4,7 @@ Goyal et al., "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", 2017
 for the warm-up, section 3 for the correction of momentum.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -121,7 +122,8 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
     """Raise the learning rate from ``initial_lr / size`` to ``initial_lr``, batch by batch.
 
     In epoch ``e`` (a fraction, counted at the end of each batch) of ``warmup_epochs`` it is
-    ``initial_lr / size * (1 + e * (size - 1) / warmup_epochs)``.
+    ``initial_lr / size * (1 + e * (size - 1) / warmup_epochs)``. With several
+    ``steps_per_execution`` it rises from one execution to the next.
     """
 
     def __init__(
@@ -137,21 +139,23 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         Args:
             initial_lr: the learning rate for all ranks together: that of one rank times
                 the number of ranks.
-            warmup_epochs: after so many it is reached.
+            warmup_epochs: after so many, perhaps with a fraction, it is reached; 0: at once.
             momentum_correction: scale the velocities of optimizers with momentum along.
             steps_per_epoch: the batches of an epoch; by default Keras is asked.
             verbose: 1 prints a line on rank 0 at the end.
         """
+        if not 0 <= warmup_epochs < math.inf:
+            raise OptionError(f"warmup_epochs={warmup_epochs}; give a number of epochs, 0 or more")
 
         def multiplier(epoch: float) -> float:
             assert self.steps_per_epoch is not None
-            done = epoch + 1.0 / self.steps_per_epoch
+            done = min(epoch + 1.0 / self.steps_per_epoch, warmup_epochs)
             return (1.0 + done * (size() - 1) / warmup_epochs) / size()
 
         super().__init__(
             initial_lr,
             multiplier,
-            end_epoch=int(warmup_epochs),
+            end_epoch=math.ceil(warmup_epochs),
             staircase=False,
             momentum_correction=momentum_correction,
             steps_per_epoch=steps_per_epoch,
@@ -160,6 +164,8 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Put the learning rate into the logs, and say so when it is reached."""
+        if self.end_epoch == epoch + 1:
+            self._set(self.initial_lr)  # the last execution began below it
         super().on_epoch_end(epoch, logs)
         if self.verbose and self.end_epoch == epoch + 1 and rank() == 0:
             print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {self._get():g}.")
