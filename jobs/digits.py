@@ -42,8 +42,9 @@ def train_keras(options: JobOptions, plan: Plan, run: observe.Run) -> Outcome:
 
     import hpc_dl.keras as hvd
     from hpc_dl.models.digits_keras import digits_cnn
-    from hpc_dl.training.classify_keras import fit
+    from hpc_dl.training.classify_keras import fit, own_device
 
+    own_device()
     keras.utils.set_random_seed(options.seed)
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf

@@ -10,7 +10,7 @@ import click
 
 from hpc_dl import observe, world
 from hpc_dl.cli.job import JobCommand, JobOptions, adapter, job_options
-from hpc_dl.data import Images, image_folder, synthetic_images
+from hpc_dl.data import Images, image_folder, list_images, synthetic_images
 from hpc_dl.errors import OptionError
 from hpc_dl.training import Outcome, Plan, facts
 from hpc_dl.training.schedule import WarmupSteps
@@ -41,12 +41,22 @@ def load(common: JobOptions, own: Options) -> tuple[Images, Images | None]:
         noise = synthetic_images(count, own.image_size, SYNTHETIC_CLASSES, seed=common.seed)
         return noise, None
     train, test = Path(own.data, "train"), Path(own.data, "val")
+    # One rank looks: a million files are not listed by each, and all number them alike.
+    found = None
+    if world.rank() == 0:
+        found = list_images(train), list_images(test) if test.exists() else None
+    to_learn, to_test = world.broadcast_object(found)
     learned = image_folder(
-        train, own.image_size, augment=True, seed=common.seed, workers=own.workers
+        train,
+        own.image_size,
+        augment=True,
+        seed=common.seed,
+        workers=own.workers,
+        listing=to_learn,
     )
-    if not test.exists():
+    if to_test is None:
         return learned, None
-    tested = image_folder(test, own.image_size, workers=own.workers)
+    tested = image_folder(test, own.image_size, workers=own.workers, listing=to_test)
     if tested.names != learned.names:
         raise OptionError(
             f"{train} has {learned.classes} classes and {test} has {tested.classes}, or they are "
@@ -93,19 +103,22 @@ def train_keras(
 
     import hpc_dl.keras as hvd
     from hpc_dl.models.resnet50_keras import resnet50
-    from hpc_dl.training.classify_keras import Rates, SmoothedCrossentropy, fit
+    from hpc_dl.training.classify_keras import (
+        Rates,
+        SgdWithL2,
+        SmoothedCrossentropy,
+        fit,
+        own_device,
+    )
 
+    own_device()
     keras.utils.set_random_seed(common.seed)
     normal = keras.layers.BatchNormalization
     norm = hvd.SyncBatchNormalization if own.sync_batch_norm else normal
     model = resnet50(own.image_size, plan.train.classes, norm)
-    optimizer = keras.optimizers.SGD(
-        common.lr * plan.size,
-        momentum=MOMENTUM,
-        nesterov=True,
-        weight_decay=own.weight_decay or None,
+    optimizer = SgdWithL2(
+        common.lr * plan.size, momentum=MOMENTUM, nesterov=True, l2=own.weight_decay
     )
-    optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
     model.compile(
         optimizer=hvd.DistributedOptimizer(optimizer),
         loss=SmoothedCrossentropy(own.label_smoothing),

@@ -186,7 +186,8 @@ def _horovod_and_checks(
     frameworks: list[environment.Framework], can_launch: bool
 ) -> Iterator[Finding]:
     # The check on two ranks loads Horovod anyway; doing it twice costs seconds.
-    state = horovod_status.status(wheel_cache.default_folder(os.environ), load=not can_launch)
+    folder = wheel_cache.default_folder(os.environ)
+    state = horovod_status.status(folder, os.environ, load=not can_launch)
     if state.version is None:
         remedy = "needed for GPUs only: hpc-dl horovod build"
         yield Finding("Horovod", "not installed", "absent", remedy)

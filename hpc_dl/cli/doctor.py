@@ -52,10 +52,11 @@ def _show(found: list[Finding], broken: list[Finding]) -> None:
         value = escape(finding.value)
         if finding.state == "absent" and finding.remedy:
             value += f"\n[dim]{escape(finding.remedy)}[/dim]"
-        table.add_row(_MARKS[finding.state], finding.name, value)
+        table.add_row(_MARKS[finding.state], escape(finding.name), value)
     console.print(table)
     if not broken:
         console.print("\n[green]all is well[/green]")
     for finding in broken:
-        console.print(f"\n[red]{finding.name}: {escape(finding.value)}[/red]", soft_wrap=True)
+        said = escape(f"{finding.name}: {finding.value}")
+        console.print(f"\n[red]{said}[/red]", soft_wrap=True)
         console.print(f"  to repair it: {escape(finding.remedy)}", soft_wrap=True)

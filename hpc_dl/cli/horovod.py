@@ -11,11 +11,13 @@ from typing import Any, get_args
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from hpc_dl.errors import BuildError
 from hpc_dl.launch import horovod_build, horovod_install, horovod_status, wheel_cache
+from hpc_dl.launch.horovod_compile import Progress as Report
 from hpc_dl.launch.horovod_plan import BuildPlan, BuildRequest, Frameworks, plan
 from hpc_dl.launch.toolchain import Gpu, default_jobs
 
@@ -48,7 +50,7 @@ def command() -> None:
 @click.option(
     "--gpu",
     type=click.Choice(get_args(Gpu)),
-    help="How GPUs talk.  [default: nccl with a CUDA framework and nvcc, else none]",
+    help="How GPUs talk.  [default: nccl with a CUDA framework, else none]",
 )
 @click.option("--jobs", type=int, help="Files compiled at once.  [default: by cores and memory]")
 @_WHEEL_DIR
@@ -80,7 +82,7 @@ def build(
     """Compile Horovod for the frameworks and the MPI of this environment, and install it.
 
     The wheel is kept and used again as long as Python, frameworks, MPI, CUDA and patches are the
-    same. See docs/horovod.md.
+    same, and needs no compiler. See docs/horovod.md.
 
     \b
     Examples:
@@ -92,13 +94,14 @@ def build(
     folder = wheel_dir or wheel_cache.default_folder(os.environ)
     request = BuildRequest(folder.absolute(), framework, gpu, jobs, sdist, force, timeout)
     chosen = plan(request, os.environ)
-    console.print(f"Horovod {chosen.key.horovod} for {_description(chosen)}", soft_wrap=True)
+    described = f"Horovod {chosen.key.horovod} for {_description(chosen)}"
+    console.print(escape(described), soft_wrap=True)
     start = time.monotonic()
     with _progress(console, jobs or default_jobs()) as progress:
         wheel = horovod_build.build(request, chosen, os.environ, progress)
     took = time.monotonic() - start
     state = f"built in {wheel.seconds:.0f} s" if took > wheel.seconds else "found in the cache"
-    console.print(f"{wheel.path} ({state})", soft_wrap=True)
+    console.print(escape(f"{wheel.path} ({state})"), soft_wrap=True)
     if no_install:
         return
     if horovod_install.install(wheel.path):
@@ -123,7 +126,7 @@ def _check(chosen: BuildPlan) -> None:
 
 
 @contextmanager
-def _progress(console: Console, jobs: int) -> Iterator[horovod_build.Progress]:
+def _progress(console: Console, jobs: int) -> Iterator[Report]:
     if not console.is_terminal:
         yield _reporter(console)
         return
@@ -138,7 +141,7 @@ def _progress(console: Console, jobs: int) -> Iterator[horovod_build.Progress]:
         yield lambda done: bar.update(task, completed=done)
 
 
-def _reporter(console: Console) -> horovod_build.Progress:
+def _reporter(console: Console) -> Report:
     """Print a line at every tenth of the build, for logs."""
     start = time.monotonic()
     printed = 0
@@ -158,7 +161,8 @@ def _reporter(console: Console) -> horovod_build.Progress:
 def status(wheel_dir: Path | None, as_json: bool) -> None:
     """Show what is built with what, and whether it fits what is installed now.
 
-    The exit code is 1 if an installed Horovod does not work, or if there is none.
+    What the installed Horovod was built with is known if its wheel is in the cache. The exit code
+    is 1 if an installed Horovod does not work, or if there is none.
 
     \b
     Examples:
@@ -166,7 +170,7 @@ def status(wheel_dir: Path | None, as_json: bool) -> None:
       hpc-dl horovod status --json
     """
     folder = (wheel_dir or wheel_cache.default_folder(os.environ)).absolute()
-    state = horovod_status.status(folder)
+    state = horovod_status.status(folder, os.environ)
     if as_json:
         click.echo(json.dumps(horovod_status.as_json(state), indent=2))
     else:
@@ -185,15 +189,30 @@ def _show(console: Console, state: horovod_status.Status) -> None:
         for name, framework in state.frameworks.items():
             table.add_row(name, *_row(framework))
         console.print(table)
+        _show_origin(console, state)
     for problem in state.problems:
-        console.print(f"[red]{problem}[/red]", soft_wrap=True)
-    console.print(f"wheels in {state.folder}:", soft_wrap=True)
+        console.print(f"[red]{escape(problem)}[/red]", soft_wrap=True)
+    console.print(escape(f"wheels in {state.folder}:"), soft_wrap=True)
     for wheel in state.wheels:
-        console.print(
-            f"  {wheel.key.name}: {wheel.key.mpi}, built in {wheel.seconds:.0f} s", soft_wrap=True
-        )
+        line = f"  {wheel.key.name}: {wheel.key.mpi}, built in {wheel.seconds:.0f} s"
+        console.print(escape(line), soft_wrap=True)
     if not state.wheels:
         console.print("  none")
+
+
+def _show_origin(console: Console, state: horovod_status.Status) -> None:
+    """Print what the installed Horovod was built with, beyond what it says of itself."""
+    if state.origin is None:
+        console.print("built with: not known, no wheel here is the installed one", soft_wrap=True)
+        return
+    key = state.origin.key
+    parts = [key.mpi, key.cuda or "no GPUs", f"patches {key.patches}", key.python, key.machine]
+    parts += [key.settings] if key.settings else []
+    console.print(escape(f"built with: {', '.join(parts)}"), soft_wrap=True)
+    for difference in state.differences:
+        console.print(f"[yellow]{escape(difference)}[/yellow]", soft_wrap=True)
+    if state.differences:
+        console.print("for a build that fits: [bold]hpc-dl horovod build[/bold]")
 
 
 def _row(framework: horovod_status.FrameworkState) -> tuple[Any, ...]:
@@ -205,4 +224,9 @@ def _row(framework: horovod_status.FrameworkState) -> tuple[Any, ...]:
         word = "[red]does not work[/red]"
     else:
         word = "not built"
-    return framework.installed or "-", framework.built_for or "-", parts or "-", word
+    return (
+        escape(framework.installed or "-"),
+        escape(framework.built_for or "-"),
+        parts or "-",
+        word,
+    )

@@ -18,6 +18,7 @@ from hpc_dl.errors import (
     MissingComponentError,
     OptionError,
 )
+from hpc_dl.launch.channel import Failure
 
 #: Framework -> (what it needs, the extra of this package that brings it).
 FRAMEWORKS = {
@@ -37,9 +38,13 @@ class JobCommand(click.Command):
         try:
             return super().invoke(ctx)
         except _CLEAR as error:
-            click.secho(f"Error: {error}", fg="red", err=True)
             code = 2 if isinstance(error, OptionError | DataError) else 1
-            if find_launcher() is not None:
+            launcher = find_launcher()
+            if launcher is not None and launcher.name == "hpc-dl launch":
+                # It shows the message once, also where every rank comes to the same.
+                raise Failure(f"Error: {error}", code) from error
+            click.secho(f"Error: {error}", fg="red", err=True)
+            if launcher is not None:
                 # This rank may be the only one that failed; the others would wait for it.
                 end_job(code)
             ctx.exit(code)

@@ -20,9 +20,19 @@ def _environment(pairs: tuple[str, ...]) -> dict[str, str]:
 
 @click.command(
     "launch",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    context_settings={"allow_interspersed_args": False},
 )
-@click.option("-n", "--ranks", type=int, default=1, show_default=True, help="How many ranks.")
+@click.option(
+    "-n",
+    "-np",
+    "--np",
+    "--ranks",
+    "ranks",
+    type=int,
+    default=1,
+    show_default=True,
+    help="How many ranks.",
+)
 @click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, as of python -m.")
 @click.option("--timeout", type=float, metavar="S", help="End the job after S seconds (code 124).")
 @click.option("--no-prefix", is_flag=True, help="Do not begin each line with its rank.")

@@ -3,7 +3,7 @@
 from hpc_dl.data.batches import batches
 from hpc_dl.data.digits import digits
 from hpc_dl.data.idx import read_idx
-from hpc_dl.data.image_folder import ImageFolder, image_folder
+from hpc_dl.data.image_folder import ImageFolder, Listing, image_folder, list_images
 from hpc_dl.data.images import ArrayImages, Batch, Images, Split
 from hpc_dl.data.mnist import mnist
 from hpc_dl.data.shard import Remainder, permutation, shard_indices
@@ -14,12 +14,14 @@ __all__ = [
     "Batch",
     "ImageFolder",
     "Images",
+    "Listing",
     "Remainder",
     "Split",
     "SyntheticImages",
     "batches",
     "digits",
     "image_folder",
+    "list_images",
     "mnist",
     "permutation",
     "read_idx",

@@ -1,15 +1,16 @@
 """What a rank and its launcher tell each other, over a Unix socket in a private folder.
 
-A rank opens three connections: ``control``, ``stdout`` and ``stderr``. Each begins with a
-`Hello` line; the two streams then carry the rank's raw output, and ``control`` carries at
-most one `End`. MPI's own chatter stays on mpirun's streams and so never mixes with it.
+A rank opens one connection. It begins with a `Hello`, which brings the reading ends of the pipes
+that the rank's stdout and stderr have become; later it carries at most one `End`; and it stays
+open for as long as the rank lives. MPI's own chatter stays on mpirun's streams and so never mixes
+with what ranks print.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from typing import Literal, get_args
 
-Stream = Literal["control", "stdout", "stderr"]
+Stream = Literal["stdout", "stderr"]
 
 #: Where a rank finds its launcher; also the mark by which stray processes are found.
 SOCKET = "HPC_DL_LAUNCH_SOCKET"
@@ -26,11 +27,11 @@ TRACEBACK_LIMIT = 64_000
 
 @dataclass(frozen=True)
 class Hello:
-    """The first line of each connection: which rank speaks, on which stream, from which pid."""
+    """How a connection begins: which rank speaks, from which pid, and what its pipes carry."""
 
     rank: int
-    stream: Stream
     pid: int
+    streams: tuple[Stream, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,20 @@ class End:
     code: int
     summary: str = ""
     traceback: str = ""
+
+
+class Failure(SystemExit):
+    """The end of a script for a reason that one message tells, without a traceback.
+
+    Args:
+        message: what went wrong. The launcher shows it once, however many ranks say it.
+        status: the exit code.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        # Python itself prints the code of a SystemExit when it is no number.
+        super().__init__(message)
+        self.status = status
 
 
 def encode(message: Hello | End) -> bytes:
@@ -55,10 +70,10 @@ def decode_hello(line: bytes) -> Hello:
     """
     try:
         fields = json.loads(line)
-        hello = Hello(int(fields["rank"]), fields["stream"], int(fields["pid"]))
+        hello = Hello(int(fields["rank"]), int(fields["pid"]), tuple(fields["streams"]))
     except (ValueError, KeyError, TypeError):
         hello = None
-    if hello is None or hello.stream not in get_args(Stream):
+    if hello is None or not set(hello.streams) <= set(get_args(Stream)):
         raise ValueError(f"not the greeting of a rank: {line[:80]!r}")
     return hello
 

@@ -3,6 +3,8 @@
 import re
 from dataclasses import dataclass
 
+from hpc_dl.launch.toolchain import GCC_LEAST
+
 #: Lines shown before and after the error.
 BEFORE, AFTER = 2, 8
 _LONGEST_LINE = 300
@@ -66,12 +68,13 @@ _REMEDIES = (
     ),
     (
         r"CMAKE_CXX_COMPILER|CMAKE_C_COMPILER|No CMAKE_\w+ could be found|g\+\+: not found"
-        r"|c\+\+: (?:command )?not found",
+        r"|c\+\+: (?:command )?not found|not able to compile a simple test program",
         "no working C++ compiler: apt: g++, dnf: gcc-c++, or `module load gcc`",
     ),
     (
         r"C\+\+17|c\+\+17|std::optional|std::string_view|is not a member of .std.",
-        "the compiler does not know enough C++17: GCC 9 or newer (`module load gcc`, or set CXX)",
+        f"the compiler does not know enough C++17: GCC {GCC_LEAST} or newer (`module load gcc`, or "
+        "set CXX)",
     ),
     (
         r"pkg_resources|distutils|setuptools",

@@ -1,23 +1,17 @@
 """Build Horovod's wheel, once for each combination of frameworks, MPI and GPU libraries."""
 
 import os
-import signal
-import subprocess
 import tempfile
 import time
-import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from hpc_dl.errors import BuildError
-from hpc_dl.launch import compiler_log, environment, horovod_source, toolchain, wheel_cache
+from hpc_dl.launch import environment, horovod_source, toolchain, wheel_cache, wheel_contents
 from hpc_dl.launch.build_place import BuildPlace, build_place
-from hpc_dl.launch.environment import Framework
+from hpc_dl.launch.horovod_compile import Progress, compile_wheel
 from hpc_dl.launch.horovod_plan import BuildPlan, BuildRequest
 from hpc_dl.launch.wheel_cache import CachedWheel
-
-#: Called with the share of the build that is done (0 to 100) as it goes on.
-Progress = Callable[[int], None]
 
 
 def build(
@@ -32,13 +26,32 @@ def build(
         progress: told how far the build is.
 
     Raises:
+        MissingComponentError: a tool for the build is missing; all are listed.
         BuildError: the build failed; the message has the first error and the likely remedy.
     """
+    folder, key = request.wheel_folder, chosen.key
+    # Before the lock, which a shared cache that is read-only here does not give.
+    found = None if request.force else wheel_cache.find(folder, key)
+    if found is not None:
+        return found
+    chosen.tools.require()
+    try:
+        return _build(request, chosen, environ, progress)
+    except OSError as error:
+        raise BuildError(
+            f"the build could not read or write its files in {tempfile.gettempdir()} and {folder}: "
+            f"{error}; set TMPDIR and --wheel-dir to where about 1 GB is free"
+        ) from error
+
+
+def _build(
+    request: BuildRequest, chosen: BuildPlan, environ: Mapping[str, str], progress: Progress
+) -> CachedWheel:
     folder, key = request.wheel_folder, chosen.key
     waiting = f"another build of {key.name} is under way; waiting for it"
     with wheel_cache.locked(folder, key, waiting):
         found = wheel_cache.find(folder, key)
-        if found is not None and not request.force:
+        if found is not None and not request.force:  # by the one that held the lock
             return found
         archive = horovod_source.fetch(folder, request.sdist)
         with (
@@ -50,8 +63,8 @@ def build(
             settings = build_environment(request, chosen, place, environ, folder)
             log = folder / key.name / wheel_cache.LOG
             start = time.monotonic()
-            built = _compile(source, place, settings, log, request.timeout, progress)
-            _check_contents(built, chosen.frameworks, log)
+            built = compile_wheel(source, place, settings, log, request.timeout, progress)
+            wheel_contents.check_contents(built, chosen, environ, log)
             return wheel_cache.store(folder, key, built, time.monotonic() - start)
 
 
@@ -85,6 +98,8 @@ def build_environment(
         "HOROVOD_WITH_PYTORCH" if "torch" in names else "HOROVOD_WITHOUT_PYTORCH": "1",
         "HOROVOD_WITH_TENSORFLOW" if "tensorflow" in names else "HOROVOD_WITHOUT_TENSORFLOW": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
+        # For our patch of the run path.
+        "HPC_DL_RUN_PATHS": ";".join(wheel_contents.site_paths(chosen)),
     }
     tools = chosen.tools
     if tools.nvcc is not None:
@@ -112,73 +127,3 @@ def _linkable_nccl(home: Path, cache: Path) -> Path:
         link.unlink(missing_ok=True)
         link.symlink_to(target)
     return linked
-
-
-def _compile(
-    source: Path,
-    place: BuildPlace,
-    settings: Mapping[str, str],
-    log: Path,
-    timeout: float,
-    progress: Progress,
-) -> Path:
-    """Run the build in its own process group, its output in ``log``; return the wheel."""
-    output = source.parent / "wheel"
-    command = [os.fspath(place.python), "-m", "pip", "--disable-pip-version-check", "wheel"]
-    command += ["-v", "--no-deps", "--no-build-isolation", "--no-cache-dir"]
-    command += ["-w", os.fspath(output), os.fspath(source)]
-    deadline = time.monotonic() + timeout
-    with log.open("wb") as file:
-        try:
-            pip = subprocess.Popen(
-                command,
-                env=dict(settings),
-                cwd=source.parent,
-                stdin=subprocess.DEVNULL,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        except OSError as error:
-            raise BuildError(f"could not start the build: {error}") from error
-        try:
-            with log.open("r", errors="replace") as tail:
-                while pip.poll() is None:
-                    if time.monotonic() > deadline:
-                        raise BuildError(
-                            f"the build was not done after {timeout:g} s and was stopped; raise "
-                            f"--timeout or --jobs. Its log: {log}"
-                        )
-                    for done in filter(None, map(compiler_log.percentage, tail)):
-                        progress(done)
-                    time.sleep(0.2)
-        finally:
-            if pip.poll() is None:
-                os.killpg(pip.pid, signal.SIGKILL)
-                pip.wait()
-    wheels = sorted(output.glob("*.whl"))
-    if pip.returncode != 0 or not wheels:
-        raise _failed(log)
-    progress(100)
-    return wheels[0]
-
-
-def _failed(log: Path) -> BuildError:
-    failure = compiler_log.diagnose(log.read_text(errors="replace"))
-    excerpt = "\n".join(f"    {line}" for line in failure.excerpt)
-    return BuildError(
-        f"Horovod's build failed. The first error (full log: {log}):\n\n{excerpt}\n\n"
-        f"Likely remedy: {failure.remedy}"
-    )
-
-
-_LIBRARIES = {"torch": "horovod/torch/mpi_lib_v2", "tensorflow": "horovod/tensorflow/mpi_lib"}
-
-
-def _check_contents(wheel: Path, frameworks: tuple[Framework, ...], log: Path) -> None:
-    with zipfile.ZipFile(wheel) as content:
-        names = content.namelist()
-    for framework in frameworks:
-        stem = _LIBRARIES[framework.name]
-        if not any(name.startswith(stem) and name.endswith(".so") for name in names):
-            raise BuildError(f"the build left out {framework.name}; see its log: {log}")

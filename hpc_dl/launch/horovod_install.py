@@ -13,6 +13,7 @@ from hpc_dl.launch import environment
 
 _MODULES = {"torch": "horovod.torch", "tensorflow": "horovod.tensorflow"}
 _PROBE_TIMEOUT = 180
+_INSTALL_TIMEOUT = 300
 
 #: Asks one framework's Horovod what it was built with. In a process of its own: a library that
 #: does not fit crashes, and loading a framework is not for the one who only asks.
@@ -37,9 +38,18 @@ def install(wheel: Path) -> bool:
         return False
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
     command += ["--no-deps", "--no-index", "--force-reinstall", os.fspath(wheel)]
-    answer = subprocess.run(
-        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, check=False
-    )
+    try:
+        answer = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_INSTALL_TIMEOUT,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise BuildError(f"pip could not install {wheel}: {error}") from error
     if answer.returncode != 0:
         raise BuildError(f"pip could not install {wheel}: {answer.stderr.strip()[-500:]}")
     return True

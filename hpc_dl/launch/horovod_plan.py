@@ -1,5 +1,6 @@
 """Decide which Horovod to build here: for which frameworks, with which tools, under which key."""
 
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -22,8 +23,7 @@ class BuildRequest:
 
     Args:
         frameworks: ``auto`` takes those that are installed.
-        gpu: how GPUs talk; None takes ``nccl`` if a framework is built for CUDA and nvcc is
-            there, else ``none``.
+        gpu: how GPUs talk; None takes ``nccl`` if a framework is built for CUDA, else ``none``.
         jobs: files compiled at once; None for what cores and memory allow.
         wheel_folder: the cache of wheels.
         sdist: Horovod's source archive, if it is already here.
@@ -42,7 +42,7 @@ class BuildRequest:
     def __post_init__(self) -> None:
         if self.jobs is not None and self.jobs < 1:
             raise OptionError(f"--jobs {self.jobs}: the number of jobs must be 1 or more")
-        if self.timeout <= 0:
+        if not self.timeout > 0:  # nor is nan
             raise OptionError(f"--timeout {self.timeout:g}: give a number of seconds above 0")
 
 
@@ -82,10 +82,10 @@ def select_frameworks(wanted: Frameworks, installed: list[Framework]) -> tuple[F
 
 
 def plan(request: BuildRequest, environ: Mapping[str, str]) -> BuildPlan:
-    """Decide what to build and check that it can be built here.
+    """Decide what to build, and under which key; whether it can be built shows ``plan.tools``.
 
     Raises:
-        MissingComponentError: a framework or a tool is missing; all are listed.
+        MissingComponentError: a framework is missing, or a tool without which there is no key.
     """
     installed = [f for f in (environment.find_torch(), environment.find_tensorflow()) if f]
     frameworks = select_frameworks(request.frameworks, installed)
@@ -96,18 +96,55 @@ def plan(request: BuildRequest, environ: Mapping[str, str]) -> BuildPlan:
             "builds, or pass --gpu none"
         )
     tools = toolchain.inspect(gpu, environ, Path(tempfile.gettempdir()))
-    tools.require()
+    # A wheel from the cache needs no compiler, only what its key names.
+    if (
+        tools.mpi is None
+        or (gpu != "none" and not tools.nvcc)
+        or (gpu == "nccl" and not tools.nccl)
+    ):
+        tools.require()
     if tools.mpi is None:
         raise MissingComponentError("no MPI was found")
-    return BuildPlan(frameworks, gpu, tools, tools.mpi, _key(frameworks, gpu, tools, tools.mpi))
+    key = _key(frameworks, gpu, tools, tools.mpi, _settings(environ))
+    return BuildPlan(frameworks, gpu, tools, tools.mpi, key)
+
+
+#: What cmake reads of the environment, beside Horovod's own HOROVOD_BUILD_*.
+_COMPILER_VARIABLES = (
+    *("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS"),
+    *("CUDACXX", "CUDAFLAGS", "CUDAHOSTCXX"),
+)
+
+
+def _settings(environ: Mapping[str, str]) -> str | None:
+    set_here = [
+        f"{name}={value}"
+        for name, value in sorted(environ.items())
+        if value and (name.startswith("HOROVOD_BUILD_") or name in _COMPILER_VARIABLES)
+    ]
+    return shlex.join(set_here) or None
 
 
 def _default_gpu(frameworks: tuple[Framework, ...], environ: Mapping[str, str]) -> Gpu:
-    built_for_cuda = any(framework.cuda for framework in frameworks)
-    return "nccl" if built_for_cuda and toolchain.find_nvcc(environ) else "none"
+    for_cuda = [framework for framework in frameworks if framework.cuda]
+    if not for_cuda:
+        return "none"
+    if toolchain.find_nvcc(environ) is None:
+        # A Horovod without GPUs would make training on them slow, and say nothing.
+        raise MissingComponentError(
+            f"{' and '.join(map(str, for_cuda))} use GPUs, but there is no CUDA compiler (nvcc) to "
+            "build Horovod for them: `module load cuda` or set CUDA_HOME; or pass --gpu none"
+        )
+    return "nccl"
 
 
-def _key(frameworks: tuple[Framework, ...], gpu: Gpu, tools: Toolchain, mpi: Mpi) -> Key:
+def _key(
+    frameworks: tuple[Framework, ...],
+    gpu: Gpu,
+    tools: Toolchain,
+    mpi: Mpi,
+    settings: str | None = None,
+) -> Key:
     versions = {framework.name: _full_version(framework) for framework in frameworks}
     nccl = f", NCCL {environment.nccl_version(tools.nccl)}" if tools.nccl else ""
     return Key(
@@ -120,6 +157,7 @@ def _key(frameworks: tuple[Framework, ...], gpu: Gpu, tools: Toolchain, mpi: Mpi
         mpi=f"{mpi.version} ({mpi.place})",
         gpu=gpu,
         cuda=f"CUDA {tools.cuda}{nccl}" if gpu != "none" else None,
+        settings=settings,
     )
 
 

@@ -1,11 +1,15 @@
 """Say what is built with what, and whether it fits what is installed now."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from hpc_dl.errors import HpcDlError
 from hpc_dl.launch import environment, horovod_install, horovod_source, wheel_cache
 from hpc_dl.launch.horovod_install import Probe
+from hpc_dl.launch.horovod_plan import BuildRequest, Frameworks, plan
+from hpc_dl.launch.toolchain import Gpu
+from hpc_dl.launch.wheel_cache import CachedWheel, Key
 
 _REBUILD = "`hpc-dl horovod build`"
 
@@ -34,12 +38,23 @@ class FrameworkState:
 
 @dataclass(frozen=True)
 class Status:
-    """The installed Horovod and the cache of wheels."""
+    """The installed Horovod and the cache of wheels.
+
+    Args:
+        version: of the installed Horovod, or None.
+        frameworks: its state for each framework.
+        wheels: those in the cache.
+        folder: the cache.
+        origin: the wheel that is the installed one; its key says what that was built with.
+        differences: what a build made now would be built with instead.
+    """
 
     version: str | None
     frameworks: Mapping[str, FrameworkState] = field(default_factory=dict)
-    wheels: tuple[wheel_cache.CachedWheel, ...] = ()
+    wheels: tuple[CachedWheel, ...] = ()
     folder: Path = Path()
+    origin: CachedWheel | None = None
+    differences: tuple[str, ...] = ()
 
     @property
     def problems(self) -> list[str]:
@@ -47,11 +62,12 @@ class Status:
         return [state.problem for state in self.frameworks.values() if state.problem]
 
 
-def status(folder: Path, *, load: bool = True) -> Status:
+def status(folder: Path, environ: Mapping[str, str], *, load: bool = True) -> Status:
     """Find out the state of Horovod here.
 
     Args:
         folder: the cache of wheels.
+        environ: the present environment.
         load: also load it with each framework (seconds); else look at its files only.
     """
     present = {f.name: f for f in (environment.find_torch(), environment.find_tensorflow()) if f}
@@ -62,7 +78,10 @@ def status(folder: Path, *, load: bool = True) -> Status:
         framework = present.get(name)
         installed = framework.version if framework else None
         states[name] = _state(name, installed, compiled.get(name), load=load)
-    return Status(version, states, tuple(wheel_cache.contents(folder)), folder)
+    wheels = tuple(wheel_cache.contents(folder))
+    origin = next((wheel for wheel in wheels if horovod_install.installed_is(wheel.path)), None)
+    differences = _differences(origin.key, folder, environ) if origin else ()
+    return Status(version, states, wheels, folder, origin, differences)
 
 
 def _is_there() -> bool:
@@ -85,6 +104,24 @@ def _state(name: str, installed: str | None, built: str | None, *, load: bool) -
     return FrameworkState(installed, built, found, problem)
 
 
+def _differences(then: Key, folder: Path, environ: Mapping[str, str]) -> tuple[str, ...]:
+    """Compare a key with that of the same kind of build made now."""
+    frameworks: Frameworks = "both"
+    if then.torch is None or then.tensorflow is None:
+        frameworks = "torch" if then.torch else "tensorflow"
+    gpu: Gpu = "nccl" if then.gpu == "nccl" else "mpi" if then.gpu == "mpi" else "none"
+    try:
+        now = plan(BuildRequest(folder, frameworks, gpu), environ).key
+    except HpcDlError as error:
+        return (f"it could not be built here now: {error}",)
+    return tuple(
+        f"{part.name}: it was built with {getattr(then, part.name) or 'none'}, now there is "
+        f"{getattr(now, part.name) or 'none'}"
+        for part in fields(Key)
+        if getattr(then, part.name) != getattr(now, part.name)
+    )
+
+
 def as_json(state: Status) -> dict[str, object]:
     """Return the status in words that JSON knows."""
     return {
@@ -100,9 +137,13 @@ def as_json(state: Status) -> dict[str, object]:
             }
             for name, framework in state.frameworks.items()
         },
+        "installed_wheel": _wheel_as_json(state.origin) if state.origin else None,
+        "differences": list(state.differences),
         "wheel_folder": str(state.folder),
-        "wheels": [
-            {"path": str(w.path), "seconds": w.seconds, "digest": w.key.digest, **vars(w.key)}
-            for w in state.wheels
-        ],
+        "wheels": [_wheel_as_json(wheel) for wheel in state.wheels],
     }
+
+
+def _wheel_as_json(wheel: CachedWheel) -> dict[str, object]:
+    key = wheel.key
+    return {"path": str(wheel.path), "seconds": wheel.seconds, "digest": key.digest, **vars(key)}

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import FrameType
 
 from hpc_dl.errors import LaunchError
@@ -20,15 +21,15 @@ from hpc_dl.launch.verdict import Facts, Verdict, judge
 
 #: Signals to end on; the others are only passed on to the ranks.
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
+PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
 #: Seconds that mpirun has to end the job after a rank failed, before the launcher does it.
 FAILURE_GRACE = 2.0
 #: Seconds that ranks have to print where they stand, and then to end, after a time-out.
 STACK_GRACE = 1.0
 END_GRACE = 2.0
-#: Seconds to wait for output after mpirun has gone.
-DRAIN = 1.0
+#: Seconds that processes which the ranks started may live on after a job that went well.
+LINGER = 1.0
 #: Seconds between looks at whether rank 0 leaves its line on the terminal unfinished.
 _SETTLE = 0.3
 _TICK = 0.1
@@ -53,35 +54,40 @@ class Job:
     grace: float = 10.0
 
 
-def run(job: Job, screen: Screen, terminal: Terminal | None, *, merged: bool) -> Verdict:
+def run(job: Job, screen: Screen, terminal: Terminal | None) -> Verdict:
     """Run the job to its end and judge it.
 
     Args:
         job: what to run.
         screen: where output goes.
         terminal: what rank 0 draws on, if the user sits at a terminal.
-        merged: stdout and stderr end in the same file; keep their order.
 
     Raises:
         LaunchError: the program could not be started at all.
     """
     switchboard = Switchboard(screen)
     try:
-        return _Run(job, screen, switchboard, terminal).to_the_end(merged)
+        return _Run(job, screen, switchboard, terminal).to_the_end()
     finally:
-        processes.sweep(switchboard.path)
-        switchboard.close()
+        try:
+            processes.sweep(switchboard.path)
+        finally:
+            switchboard.close()
 
 
 @contextlib.contextmanager
 def _caught() -> Iterator[deque[int]]:
-    """Collect the signals that arrive, instead of acting on them."""
+    """Collect the signals that arrive, instead of acting on them.
+
+    A signal that is ignored stays so: nohup, for one, starts its command like that.
+    """
     arrived: deque[int] = deque()
 
     def note(number: int, _frame: FrameType | None) -> None:
         arrived.append(number)
 
-    before = {number: signal.signal(number, note) for number in (*ENDING, *PASSED_ON)}
+    heeded = [n for n in (*ENDING, *PASSED_ON) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
     try:
         yield arrived
     finally:
@@ -100,13 +106,16 @@ class _Run:
         self._board = switchboard
         self._terminal = terminal
         self._noise = b""
+        #: mpirun has closed its own output.
+        self._deaf = False
+        self._settle_at = 0.0
         self._stopped_by: int | None = None
         self._timed_out = False
         self._forced = False
         #: What is still to be sent, and when, to end the job: (time, signal) in order.
         self._escalation: deque[tuple[float, int]] = deque()
 
-    def to_the_end(self, merged: bool) -> Verdict:
+    def to_the_end(self) -> Verdict:
         environment = {
             **self._job.environment,
             channel.SOCKET: self._board.path,
@@ -114,7 +123,7 @@ class _Run:
         }
         if self._terminal is not None:
             environment[channel.TERMINAL] = self._terminal.path
-        if merged:
+        if self._screen.merged:
             environment[channel.MERGED] = "1"
         with _caught() as signals, self._started(environment) as mpirun:
             code = self._follow(mpirun, signals)
@@ -143,7 +152,7 @@ class _Run:
                 stderr=subprocess.STDOUT,
                 # Ctrl-C reaches the launcher alone, which passes it on in good order.
                 start_new_session=True,
-                preexec_fn=processes.die_with_parent,
+                preexec_fn=partial(processes.die_with_parent, os.getpid()),
             )
         except OSError as error:
             raise LaunchError(f"could not start `{self._job.command[0]}`: {error}") from error
@@ -160,31 +169,13 @@ class _Run:
         assert mpirun.stdout is not None
         pipe = mpirun.stdout.fileno()
         os.set_blocking(pipe, False)
-        watched = {pipe}
+        self._board.watch(pipe, partial(self._hear, pipe))
         if self._terminal is not None:
-            watched.add(self._terminal.master)
-        for descriptor in watched:
-            self._board.watch(descriptor)
+            self._board.watch(self._terminal.master, self._draw, output=True)
         deadline = None if self._job.timeout is None else time.monotonic() + self._job.timeout
-        drained_by: float | None = None
-        settle_at = time.monotonic() + _SETTLE
-        while True:
-            for descriptor in self._board.turn(_TICK):
-                if descriptor != pipe and self._terminal is not None:
-                    self._screen.draw(self._terminal.read())
-                elif not self._hear(descriptor):
-                    self._board.unwatch(descriptor)
-                    watched.discard(descriptor)
+        while (code := mpirun.poll()) is None:
+            self._serve()
             now = time.monotonic()
-            if now > settle_at:
-                self._screen.settle()
-                settle_at = now + _SETTLE
-            code = mpirun.poll()
-            if code is not None:
-                drained_by = now + DRAIN if drained_by is None else drained_by
-                if not (self._board.open or pipe in watched) or now > drained_by:
-                    break
-                continue
             while signals:
                 self._on_signal(signals.popleft(), mpirun, now)
             if deadline is not None and now > deadline and not self._timed_out:
@@ -193,18 +184,42 @@ class _Run:
             if not self._escalation and self._a_rank_failed():
                 self._plan(now + FAILURE_GRACE, (0, signal.SIGTERM))
             self._escalate(mpirun, now)
-        while self._terminal is not None and (rest := self._terminal.read()):
-            self._screen.draw(rest)
+        limit = time.monotonic() + LINGER
+        while code == 0 and self._board.open and not signals and time.monotonic() < limit:
+            self._serve()
+        # Nobody of the job writes after this, so that "until the end" is soon.
+        processes.sweep(self._board.path)
+        self._board.finish()
+        while self._hear(pipe):
+            pass
+        while self._draw():
+            pass
         self._screen.settle()
         return code
 
-    def _hear(self, descriptor: int) -> bool:
+    def _serve(self) -> None:
+        self._board.turn(_TICK)
+        now = time.monotonic()
+        if now > self._settle_at:
+            self._screen.settle()
+            self._settle_at = now + _SETTLE
+
+    def _draw(self) -> bool:
+        """Show what rank 0 drew on its terminal; tell whether there was something."""
+        data = b"" if self._terminal is None else self._terminal.read()
+        self._screen.draw(data)
+        return bool(data)
+
+    def _hear(self, pipe: int) -> bool:
         """Keep what mpirun itself says (it goes unread unless it explains a failure)."""
         try:
-            data = os.read(descriptor, 1 << 16)
+            data = os.read(pipe, 1 << 16)
         except BlockingIOError:
-            return True
+            return False
         self._noise = (self._noise + data)[-(1 << 16) :]
+        if not data and not self._deaf:
+            self._board.unwatch(pipe)
+            self._deaf = True
         return bool(data)
 
     def _a_rank_failed(self) -> bool:
@@ -222,7 +237,8 @@ class _Run:
         # A rank that has not joined yet can only be reached by way of mpirun.
         complete = len(self._board.pids) == self._job.size
         processes.send(ranks if complete else [mpirun.pid], number)
-        self._plan(now + self._job.grace, (0, signal.SIGTERM))
+        if not self._escalation:  # a job that is being ended already gets no more time
+            self._plan(now + self._job.grace, (0, signal.SIGTERM))
 
     def _plan(self, start: float, *steps: tuple[float, int]) -> None:
         self._escalation.clear()

@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,10 @@ REMEDY = (
 )
 
 #: What a running rank hands to its children; a new job started there must not inherit it.
-_RUNTIME_PREFIXES = ("OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "OMPI_FILE_", "PMIX_", "PMI_", "HYDI_")
+_RUNTIME_PREFIXES = (
+    *("OMPI_COMM_WORLD_", "OMPI_UNIVERSE_", "OMPI_FILE_", "PMIX_", "PMI_", "HYDI_"),
+    *("HPC_DL_LAUNCH_", "HPC_DL_EXPECTED_SIZE"),
+)
 _KEPT_PREFIXES = ("PMIX_MCA_",)
 
 
@@ -130,26 +133,39 @@ def _hydra_version(text: str) -> str | None:
     return None
 
 
-def start_options(mpirun: Mpirun, ranks: int, exported: tuple[str, ...]) -> list[str]:
+def start_options(
+    mpirun: Mpirun, ranks: int, exported: tuple[str, ...], given: Sequence[str] = ()
+) -> list[str]:
     """Return the options that start ``ranks`` ranks on this machine, whatever its number of cores.
 
     Args:
         mpirun: the program.
         ranks: how many ranks.
         exported: names of the environment variables that every rank must see.
+        given: the user's own options, which come after these; both MPIs refuse an option twice.
     """
+    theirs = {"-" + word.partition("=")[0].lstrip("-") for word in given if word[:1] == "-"}
     options = ["-n", str(ranks)]
+    # In a batch allocation mpirun would spread the ranks over all of its nodes.
+    if not theirs & {"-host", "-hosts", "-H", "-hostfile", "-machinefile", "-f"}:
+        options += {
+            "openmpi": ["--host", f"localhost:{ranks}"],
+            "hydra": ["-hosts", "localhost"],
+        }[mpirun.family]
     if mpirun.family == "openmpi":
         # More ranks than cores is normal on a laptop and in a test; binding would then
         # put them all on one core.
-        options += ["--bind-to", "none", "--oversubscribe"]
+        if "-bind-to" not in theirs:
+            options += ["--bind-to", "none"]
+        if not theirs & {"-map-by", "-oversubscribe", "-nooversubscribe"}:
+            options += ["--oversubscribe"]
         for name in exported:
             options += ["-x", name]
     return options
 
 
 def start_environment(mpirun: Mpirun | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return the environment in which to start ranks: no rank's own marks, root allowed."""
+    """Return the environment in which to start ranks: no outer job's marks, root allowed."""
     clean = {
         name: value
         for name, value in environ.items()

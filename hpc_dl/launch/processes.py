@@ -10,11 +10,19 @@ from pathlib import Path
 from hpc_dl.launch.channel import SOCKET
 
 _PR_SET_PDEATHSIG = 1
+#: Loaded here: `die_with_parent` runs between fork and exec, where little may be done.
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to send this process SIGTERM when its parent dies, however it dies."""
-    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel to send this process SIGTERM when its parent dies, however it dies.
+
+    Args:
+        parent: the process that is to be the parent; if it has died already, this one ends.
+    """
+    _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if parent is not None and os.getppid() != parent:
+        os._exit(128 + signal.SIGTERM)
 
 
 def marked(socket_path: str) -> list[int]:

@@ -11,9 +11,18 @@ from typing import BinaryIO
 from hpc_dl.errors import MissingComponentError, OptionError
 from hpc_dl.launch import channel, terminal
 from hpc_dl.launch.job import Job, run
-from hpc_dl.launch.mpirun import Mpirun, find_mpirun, start_environment, start_options
+from hpc_dl.launch.mpirun import (
+    VARIABLE,
+    Mpirun,
+    find_mpirun,
+    start_environment,
+    start_options,
+)
 from hpc_dl.launch.screen import Screen
 from hpc_dl.launch.verdict import Verdict
+
+#: Seconds without a reader after which the output of a job that was ended is given up.
+UNREAD = 2.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Request:
     def __post_init__(self) -> None:
         if self.ranks < 1:
             raise OptionError(f"-n {self.ranks}: the number of ranks must be 1 or more")
-        if self.timeout is not None and self.timeout <= 0:
+        if self.timeout is not None and not self.timeout > 0:
             raise OptionError(f"--timeout {self.timeout:g}: give a number of seconds above 0")
         if not self.module and not Path(self.script).is_file():
             raise OptionError(
@@ -77,7 +86,8 @@ def plan(request: Request, mpirun: Mpirun | None, environ: Mapping[str, str]) ->
     command = worker
     if mpirun is not None:
         exported = (channel.SOCKET, channel.EXPECTED_SIZE, "OMP_NUM_THREADS", *request.environment)
-        options = start_options(mpirun, request.ranks, tuple(dict.fromkeys(exported)))
+        names = tuple(dict.fromkeys(exported))
+        options = start_options(mpirun, request.ranks, names, request.mpirun_options)
         command = [os.fspath(mpirun.path), *options, *request.mpirun_options, *worker]
     return Job(command, environment, request.ranks, request.timeout)
 
@@ -97,19 +107,21 @@ def launch(request: Request, out: BinaryIO, err: BinaryIO) -> Verdict:
         MissingComponentError: there is no mpirun, and more than one rank is asked for.
     """
     interactive = out.isatty()
+    coloured = not os.environ.get("NO_COLOR")
     screen = Screen(
         out,
         err,
         prefix=request.prefix and request.ranks > 1,
-        colour=interactive,
+        colour=(coloured and interactive, coloured and err.isatty()),
         terminal=interactive,
     )
     job = plan(request, _starter(request, screen), os.environ)
     with contextlib.ExitStack() as stack:
         drawn = stack.enter_context(terminal.opened(out.fileno())) if interactive else None
-        verdict = run(job, screen, drawn, merged=_same_file(out, err))
+        verdict = run(job, screen, drawn)
     if verdict.code != 0:
         _explain(screen, verdict)
+    screen.close(UNREAD if verdict.from_outside else None)
     return verdict
 
 
@@ -117,17 +129,10 @@ def _starter(request: Request, screen: Screen) -> Mpirun | None:
     try:
         return find_mpirun(request.mpirun, os.environ)
     except MissingComponentError:
-        if request.ranks > 1 or request.mpirun:
+        if request.ranks > 1 or request.mpirun or os.environ.get(VARIABLE):
             raise
         screen.line(b"hpc-dl launch: no mpirun here; the one rank runs without MPI", error=True)
         return None
-
-
-def _same_file(out: BinaryIO, err: BinaryIO) -> bool:
-    try:
-        return os.path.samestat(os.fstat(out.fileno()), os.fstat(err.fileno()))
-    except OSError:  # not backed by a file
-        return False
 
 
 def _explain(screen: Screen, verdict: Verdict) -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from hpc_dl.errors import LaunchError, MissingComponentError
-from hpc_dl.launch import environment
+from hpc_dl.launch import environment, resources
 from hpc_dl.launch.mpirun import Mpirun, find_mpirun
 
 Gpu = Literal["nccl", "mpi", "none"]
@@ -20,7 +21,8 @@ Gpu = Literal["nccl", "mpi", "none"]
 #: setuptools 81 began to remove what the builds of older packages lean on (pkg_resources).
 SETUPTOOLS_LIMIT = 81
 CMAKE_LEAST = (3, 18)
-GCC_LEAST = 8
+#: What current frameworks ask for.
+GCC_LEAST = 9
 USUAL_NVCC = Path("/usr/local/cuda/bin/nvcc")
 #: GB that the largest of the source files takes to compile.
 MEMORY_PER_JOB = 2.0
@@ -33,7 +35,7 @@ class Mpi:
     """The MPI that Horovod is compiled against.
 
     Args:
-        mpicxx: its compiler wrapper.
+        mpicxx: its compiler wrapper; where it should be, if it is among the problems.
         version: what its mpirun says of itself.
         place: where it lies; ``environment`` if inside this Python environment.
     """
@@ -107,11 +109,8 @@ def inspect(gpu: Gpu, environ: Mapping[str, str], build_folder: Path) -> Toolcha
 
 def default_jobs() -> int:
     """Return how many files to compile at once: one per core, as far as the memory goes."""
-    try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    except (ValueError, OSError):
-        free = MEMORY_PER_JOB
-    return max(1, min(len(os.sched_getaffinity(0)), int(free / MEMORY_PER_JOB)))
+    memory = (resources.memory() or 0) / 1e9
+    return max(1, min(resources.cores(), int(memory / MEMORY_PER_JOB)))
 
 
 def find_nvcc(environ: Mapping[str, str]) -> Path | None:
@@ -152,9 +151,13 @@ def _output(command: list[str]) -> str:
 def _compiler_problem(environ: Mapping[str, str]) -> str | None:
     names = [environ["CXX"]] if environ.get("CXX") else ["c++", "g++", "clang++"]
     for name in names:
-        path = shutil.which(name, path=environ.get("PATH"))
+        try:
+            program, *more = shlex.split(name)  # "ccache g++", for example
+        except ValueError as error:
+            return f"CXX={name} is no command: {error}"
+        path = shutil.which(program, path=environ.get("PATH"))
         if path is not None:
-            version = _output([path, "-dumpversion"])
+            version = _output([path, *more, "-dumpversion"])
             major = version.partition(".")[0].strip()
             if "clang" not in name and major.isdigit() and int(major) < GCC_LEAST:
                 return (
@@ -229,19 +232,19 @@ def _find_mpi(environ: Mapping[str, str], problems: list[str]) -> Mpi | None:
     )
     try:
         mpirun = find_mpirun(None, environ)
-    except (MissingComponentError, LaunchError):
-        problems.append(f"no MPI: {advice}")
+    except (MissingComponentError, LaunchError) as error:
+        problems.append(f"no MPI: {advice} ({error})")
         return None
-    mpicxx = _beside(mpirun) or shutil.which("mpicxx", path=environ.get("PATH"))
-    if mpicxx is None:
+    found = _beside(mpirun) or shutil.which("mpicxx", path=environ.get("PATH"))
+    if found is None:
         problems.append(
             f"{mpirun.path} has no compiler wrapper mpicxx beside it, so its headers (mpi.h) are "
             f"not installed: {advice}"
         )
-        return None
-    prefix = Path(mpicxx).resolve().parent.parent
+    mpicxx = Path(found) if found else mpirun.bin_directory / "mpicxx"
+    prefix = Path(found or mpirun.path).resolve().parent.parent
     inside = prefix == Path(sys.prefix).resolve()
-    return Mpi(Path(mpicxx), mpirun.version, "environment" if inside else str(prefix))
+    return Mpi(mpicxx, mpirun.version, "environment" if inside else str(prefix))
 
 
 def _beside(mpirun: Mpirun) -> str | None:

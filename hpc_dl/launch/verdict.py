@@ -3,16 +3,20 @@
 import re
 import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hpc_dl.launch.channel import End
+from hpc_dl.launch.noise import telling
 
 #: The exit code of a job that ran into its time limit, as of timeout(1).
 TIMED_OUT = 124
 
 _SIGNAL_IN_NOISE = re.compile(r"(?:on\s+signal|\(signal)\s+(\d+)")
 _RANK_IN_NOISE = re.compile(r"process rank (\d+)")
-_LEAVER_IN_NOISE = re.compile(r"MPI_ABORT was invoked on rank (\d+)|Process name: \[[^\]]*,(\d+)\]")
+_LEAVER_IN_NOISE = re.compile(
+    r"(?:MPI_ABORT was invoked on rank |Process name: \[[^\]]*,|process rank (?=\d+ .* calling))"
+    r"(\d+)"
+)
 _NO_SLOTS = re.compile(r"not enough slots|no allocated resources", re.IGNORECASE)
 
 #: What the launcher itself sends; in mpirun's report they may be its own.
@@ -65,7 +69,8 @@ class Verdict:
         message: one paragraph on what went wrong; empty when all went well.
         blamed: the rank whose traceback is shown, if one rank is to blame.
         traceback: that traceback.
-        noise: mpirun's own words, where they are the explanation.
+        noise: what mpirun and MPI itself said, where that may be the explanation.
+        from_outside: a signal or the time limit ended it.
     """
 
     code: int
@@ -73,23 +78,40 @@ class Verdict:
     blamed: int | None = None
     traceback: str = ""
     noise: str = ""
+    from_outside: bool = False
 
 
 def judge(facts: Facts) -> Verdict:
     """Return the outcome: the first cause decides, never mpirun's exit code alone."""
-    if facts.timeout is not None:
-        return Verdict(
-            TIMED_OUT,
-            f"the job was still running after {facts.timeout:g} s and was ended; the lines above "
-            "show where each rank stood. If it only needs longer, raise --timeout",
-        )
     failed = {rank: end for rank, end in facts.ends.items() if end.code != 0}
     done = len(facts.ends) == facts.size and not failed
+    if facts.timeout is not None:
+        message = (
+            f"the job was still running after {facts.timeout:g} s and was ended; the lines above "
+            "show where each rank stood. If it only needs longer, raise --timeout"
+        )
+        return _from_outside(TIMED_OUT, message, failed)
     if facts.stopped_by is not None and not (done and facts.mpirun_code == 0):
         name = signal.Signals(facts.stopped_by).name
-        return Verdict(128 + facts.stopped_by, f"ended by {name}, all {facts.size} ranks with it")
+        message = f"ended by {name}, all {facts.size} ranks with it"
+        return _from_outside(128 + facts.stopped_by, message, failed)
     if failed:
         return _blame(facts, failed)
+    verdict = _without_a_word(facts, done)
+    return replace(verdict, noise=telling(facts.noise)) if verdict.code else verdict
+
+
+def _from_outside(code: int, message: str, failed: Mapping[int, End]) -> Verdict:
+    """Say what ended the job, and also what a rank made of that, such as a failing save."""
+    for rank, end in failed.items():
+        if end.traceback:
+            message += f"\nrank {rank} failed meanwhile: {end.summary}"
+            return Verdict(code, message, rank, end.traceback, from_outside=True)
+    return Verdict(code, message, from_outside=True)
+
+
+def _without_a_word(facts: Facts, done: bool) -> Verdict:
+    """Judge a job in which no rank reported a failure."""
     killed = _signal_of(facts)
     ours = facts.forced and (killed is None or killed[0] in _ENDING_SIGNALS)
     if ours and facts.lost:
@@ -161,11 +183,10 @@ def _blame_mpirun(facts: Facts) -> Verdict:
         return Verdict(
             facts.mpirun_code,
             f"mpirun started no rank and ended with exit code {facts.mpirun_code}{hint}",
-            noise=facts.noise,
         )
     leaver = _LEAVER_IN_NOISE.search(facts.noise)
     if leaver is not None:
-        message = f"rank {leaver[1] or leaver[2]} ended the job with exit code {facts.mpirun_code}"
+        message = f"rank {leaver[1]} ended the job with exit code {facts.mpirun_code}"
         return Verdict(facts.mpirun_code, f"{message}, without an exception (os._exit, MPI_Abort)")
     silent = sorted(facts.joined - facts.ends.keys())
     who = _ranks(silent) if silent else "a rank"
@@ -173,7 +194,6 @@ def _blame_mpirun(facts: Facts) -> Verdict:
         facts.mpirun_code,
         f"the job ended with exit code {facts.mpirun_code}; "
         f"{who} left without finishing the script",
-        noise="" if silent else facts.noise,
     )
 
 
@@ -192,7 +212,6 @@ def _blame_silence(facts: Facts) -> Verdict:
             1,
             f"mpirun reports success, but {_ranks(absent)} of {facts.size} never started; "
             "`hpc-dl doctor` checks the MPI installation",
-            noise=facts.noise,
         )
     silent = sorted(set(range(facts.size)) - facts.ends.keys())
     return Verdict(

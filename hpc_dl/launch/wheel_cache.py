@@ -6,11 +6,14 @@ looks whole.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -20,6 +23,10 @@ from hpc_dl.errors import BuildError
 
 METADATA = "wheel.json"
 LOG = "build.log"
+
+#: How a file system says that it has no locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+_CHOOSE = "choose another cache with --wheel-dir or XDG_CACHE_HOME"
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,7 @@ class Key:
         mpi: name and version of the MPI, and where it lies if outside this environment.
         gpu: ``nccl``, ``mpi`` or ``none``.
         cuda: CUDA's release and NCCL's version, or None.
+        settings: the user's compiler and flags, or None if there are none.
     """
 
     horovod: str
@@ -47,11 +55,15 @@ class Key:
     mpi: str
     gpu: str
     cuda: str | None
+    settings: str | None = None
 
     @property
     def digest(self) -> str:
         """Return a hash of all parts."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+        parts = asdict(self)
+        if self.settings is None:  # as for wheels from before this part was there
+            del parts["settings"]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def name(self) -> str:
@@ -74,9 +86,32 @@ class CachedWheel:
 
 
 def default_folder(environ: Mapping[str, str]) -> Path:
-    """Return ``$XDG_CACHE_HOME/hpc_dl/wheels``, by default below ``~/.cache``."""
+    """Return ``$XDG_CACHE_HOME/hpc_dl/wheels``, by default below ``~/.cache``.
+
+    Raises:
+        BuildError: there is no home, and the temporary folder used instead is not one's own.
+    """
     base = environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "hpc_dl" / "wheels"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "hpc_dl" / "wheels"
+    except RuntimeError:  # a container run with a user's number alone
+        return _private_folder() / "wheels"
+
+
+def _private_folder() -> Path:
+    # What is installed comes from here, so nobody else may be able to put a wheel there.
+    user = os.getuid()
+    folder = Path(tempfile.gettempdir()) / f"hpc_dl-{user}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise BuildError(
+            f"no home folder, and {folder} cannot be made: {error}; {_CHOOSE}"
+        ) from None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o077:
+        raise BuildError(f"no home folder, and others can write to {folder}; {_CHOOSE}")
+    return folder
 
 
 def find(folder: Path, key: Key) -> CachedWheel | None:
@@ -87,7 +122,10 @@ def find(folder: Path, key: Key) -> CachedWheel | None:
 
 def contents(folder: Path) -> list[CachedWheel]:
     """Return every whole wheel in the cache, the newest first."""
-    folders = folder.iterdir() if folder.is_dir() else ()
+    try:
+        folders = list(folder.iterdir())
+    except OSError:  # missing, or closed to this user
+        return []
     wheels = [wheel for home in folders if (wheel := _read(home)) is not None]
     return sorted(wheels, key=lambda wheel: wheel.path.stat().st_mtime, reverse=True)
 
@@ -112,8 +150,17 @@ def store(folder: Path, key: Key, built: Path, seconds: float) -> CachedWheel:
         key: what the wheel depends on.
         built: the wheel, anywhere.
         seconds: how long the build took.
+
+    Raises:
+        BuildError: the cache cannot be written to.
     """
-    home = folder / key.name
+    try:
+        return _store(folder / key.name, key, built, seconds)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+
+
+def _store(home: Path, key: Key, built: Path, seconds: float) -> CachedWheel:
     home.mkdir(parents=True, exist_ok=True)
     (home / METADATA).unlink(missing_ok=True)
     path = home / built.name
@@ -154,22 +201,32 @@ def locked(folder: Path, key: Key, waiting: str) -> Iterator[None]:
         folder: the cache.
         key: of the wheel.
         waiting: printed once if another process holds the lock.
+
+    Raises:
+        BuildError: the cache cannot be written to.
     """
     home = folder / key.name
     try:
         home.mkdir(parents=True, exist_ok=True)
         lock = (home / ".lock").open("w")
     except OSError as error:
-        raise BuildError(
-            f"cannot write to the wheel cache {folder}: {error}; choose another with --wheel-dir"
-        ) from error
+        raise _cannot_write(folder, error) from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(waiting, flush=True)
+            print(waiting, file=sys.stderr, flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise _cannot_write(folder, error) from error
+            # Two builds at once cost time, not correctness: a wheel is put in place whole.
+            print(f"going on without a lock in {folder}: {error}", file=sys.stderr, flush=True)
         yield
+
+
+def _cannot_write(folder: Path, error: OSError) -> BuildError:
+    return BuildError(f"cannot write to the wheel cache {folder}: {error}; {_CHOOSE}")
 
 
 def _sha256(path: Path) -> str:

@@ -17,13 +17,15 @@ from types import TracebackType
 from typing import NoReturn
 
 from hpc_dl.launch import channel
-from hpc_dl.launch.channel import End, Hello, Stream
+from hpc_dl.launch.channel import End, Failure, Hello, Stream
 
 _RANKS = ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK")
 _SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 #: Files whose frames belong to the machinery that runs the script, not to the script.
 _MACHINERY = (__file__, runpy.__file__ or "<frozen runpy>", "<frozen runpy>")
+
+_GOOD = End(0)
 
 
 def first_number(names: Sequence[str], environ: Mapping[str, str], default: int) -> int:
@@ -38,33 +40,60 @@ def main(arguments: Sequence[str]) -> None:
     """Run the script that ``arguments`` name, as this rank."""
     faulthandler.enable()
     # The launcher asks each rank where it stands before it ends a job that hangs.
-    faulthandler.register(signal.SIGQUIT, all_threads=False)
-    control = _join_launcher(first_number(_RANKS, os.environ, 0), os.environ)
-    expected = first_number((channel.EXPECTED_SIZE,), os.environ, 0)
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    control: socket.socket | None = None
+    rank = os.getpid()
     try:
+        control = _join_launcher(first_number(_RANKS, os.environ, 0), os.environ)
+        expected = first_number((channel.EXPECTED_SIZE,), os.environ, 0)
         _check_start(first_number(_SIZES, os.environ, 1), expected)
-        _run(arguments)
-        _check_world(expected)
-    except SystemExit as leaving:
-        code, summary = exit_code(leaving.code)
-        if code != 0:
-            if summary and control is None:
-                print(summary, file=sys.stderr)
-            _end(control, End(code, summary))
+        end = _run(arguments)
+        if os.getpid() != rank:
+            _leave_child(end)
+        if end.code == 0:
+            _check_world(expected)
     except BaseException as error:
+        if os.getpid() != rank:
+            trace = _script_part(error.__traceback__)
+            traceback.print_exception(type(error), error, trace)
+            _leave_child(End(1))
         _fail(control, error)
-    _tell(control, End(0))
+    if end.code != 0:
+        if end.summary and control is None:
+            print(end.summary, file=sys.stderr)
+        _end(control, end)
+    # Threads and what the script left to do at exit may still run: the connection stays open,
+    # so that signals reach this rank to its very end.
+    _tell(control, end)
 
 
-def _run(arguments: Sequence[str]) -> None:
-    if arguments[0] == "-m":
-        sys.argv = list(arguments[1:])
-        sys.path[0] = os.getcwd()
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = list(arguments)
-        sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-        runpy.run_path(sys.argv[0], run_name="__main__")
+def _leave_child(end: End) -> NoReturn:
+    """Leave a process that the script forked: its end is not the rank's."""
+    try:
+        if end.summary:
+            print(end.summary, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:  # whatever became of these streams
+        os._exit(end.code)
+
+
+def _run(arguments: Sequence[str]) -> End:
+    """Run the script to its end; return what it left with."""
+    try:
+        if arguments[0] == "-m":
+            sys.argv = list(arguments[1:])
+            sys.path[0] = os.getcwd()
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = list(arguments)
+            sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
+            runpy.run_path(sys.argv[0], run_name="__main__")
+    except Failure as failure:
+        return End(failure.status, str(failure))
+    except SystemExit as leaving:
+        return End(*exit_code(leaving.code))
+    return _GOOD
 
 
 def exit_code(status: object) -> tuple[int, str]:
@@ -82,37 +111,50 @@ def exit_code(status: object) -> tuple[int, str]:
 
 def _join_launcher(rank: int, environ: Mapping[str, str]) -> socket.socket | None:
     path = environ.get(channel.SOCKET)
-    if path is None or not os.path.exists(path):
+    if path is None:
         return None
-    # First of all: whoever sees the rank's output can count on signals reaching it.
-    control = _connect(path, rank, "control")
-    terminal = environ.get(channel.TERMINAL)
-    if rank == 0 and terminal is not None:
+    control = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        control.connect(path)
+    except OSError as error:
+        raise _out_of_reach(path, error) from None
+    # A child that the script forks does not speak for the rank, nor keep it alive.
+    os.register_at_fork(after_in_child=control.close)
+    terminal = environ.get(channel.TERMINAL) if rank == 0 else None
+    redirected: dict[Stream, int] = {}
+    if terminal is None:
+        redirected["stdout"] = 1
+    if not environ.get(channel.MERGED):
+        redirected["stderr"] = 2
+    # Pipes, as sockets cannot be opened again by way of /dev/stdout.
+    pipes = [os.pipe() for _ in redirected]
+    hello = Hello(rank, os.getpid(), tuple(redirected))
+    # Before any output: whoever sees it can count on signals reaching the rank.
+    socket.send_fds(control, [channel.encode(hello)], [reading for reading, _ in pipes])
+    for descriptor, (reading, writing) in zip(redirected.values(), pipes, strict=True):
+        os.dup2(writing, descriptor)
+        os.close(writing)
+        os.close(reading)
+    if terminal is not None:
         screen = os.open(terminal, os.O_RDWR | os.O_NOCTTY)
         os.dup2(screen, 1)
         os.close(screen)
-    else:
-        _redirect(path, rank, "stdout", 1)
     if environ.get(channel.MERGED):
         os.dup2(1, 2)
-    else:
-        _redirect(path, rank, "stderr", 2)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):
             stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     return control
 
 
-def _connect(path: str, rank: int, stream: Stream) -> socket.socket:
-    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    link.connect(path)
-    link.sendall(channel.encode(Hello(rank, stream, os.getpid())))
-    return link
+def _out_of_reach(path: str, error: OSError) -> Exception:
+    from hpc_dl.errors import LaunchError
 
-
-def _redirect(path: str, rank: int, stream: Stream, descriptor: int) -> None:
-    with _connect(path, rank, stream) as link:
-        os.dup2(link.fileno(), descriptor)
+    return LaunchError(
+        f"this rank runs on {socket.gethostname()} and cannot reach its launcher at {path} "
+        f"({error.strerror}); `hpc-dl launch` serves one machine. On several, start "
+        "`python -m hpc_dl.launch.worker SCRIPT` with your site's mpirun or srun"
+    )
 
 
 def _check_start(size: int, expected: int) -> None:
@@ -194,7 +236,7 @@ def _tell(control: socket.socket | None, end: End) -> None:
     if control is not None:
         with contextlib.suppress(OSError):  # a launcher that is gone needs no report
             control.sendall(channel.encode(end))
-            control.close()
+        control.detach()  # left to the end of this process
 
 
 if __name__ == "__main__":

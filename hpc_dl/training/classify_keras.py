@@ -1,5 +1,6 @@
 """Train and test a classifier in Keras 3."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,28 @@ from hpc_dl.observe import Run, weights_digest
 from hpc_dl.training.plan import Outcome, Plan
 
 Logs = dict[str, float]
+
+
+def own_device() -> None:
+    """Take this rank's GPU, if there are any, and its share of the cores.
+
+    To be called before Keras computes anything: TensorFlow settles this at its begin.
+    """
+    if keras.backend.backend() == "torch":
+        from hpc_dl.training import classify_torch
+
+        classify_torch.own_device()
+        return
+    import tensorflow as tf
+
+    gpus = tf.config.list_physical_devices("GPU")
+    if gpus:
+        own = gpus[hvd.local_rank() % len(gpus)]
+        tf.config.set_visible_devices(own, "GPU")
+        tf.config.experimental.set_memory_growth(own, True)
+    cores = len(os.sched_getaffinity(0)) // hvd.local_size()
+    wanted = int(os.environ.get("OMP_NUM_THREADS", "0") or 0) or cores
+    tf.config.threading.set_intra_op_parallelism_threads(max(1, min(cores, wanted)))
 
 
 def fit(
@@ -92,6 +115,29 @@ class Rates(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
         self.model.optimizer.learning_rate = self._base * self._schedule(self._step)
         self._step += 1
+
+
+class SgdWithL2(keras.optimizers.SGD):
+    """SGD whose weight decay is part of the gradient, as PyTorch's is.
+
+    Keras' own ``weight_decay`` goes past the momentum, which makes it ten times weaker at a
+    momentum of 0.9.
+    """
+
+    def __init__(self, *args: Any, l2: float = 0.0, **options: Any):
+        """Add ``l2`` times the weight to the gradient of each matrix, not of vectors."""
+        super().__init__(*args, **options)
+        self.l2 = l2
+
+    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+        """Change a variable by one step."""
+        if self.l2 and len(variable.shape) > 1:
+            gradient = gradient + self.l2 * keras.ops.convert_to_tensor(variable)
+        super().update_step(gradient, variable, learning_rate)
+
+    def get_config(self) -> dict[str, Any]:
+        """Return what it can be made from again."""
+        return {**super().get_config(), "l2": self.l2}
 
 
 class SmoothedCrossentropy(keras.losses.Loss):

@@ -19,7 +19,7 @@ def facts(
         job: the name of the job.
         options: how it was called; ``comm`` is replaced by the communicator that was used.
         outcome: what came of it.
-        script: the file of the job, for the commit it belongs to.
+        script: the file of the job, for the commit it belongs to, which rank 0 asks for.
 
     Raises:
         ReplicaDivergenceError: the ranks end with different weights.
@@ -38,5 +38,5 @@ def facts(
         **{name: value for name, value in options.items() if name != "run_dir"},
         "comm": world.current().comm.name,
         "versions": versions(),
-        "git_commit": git_commit(script),
+        "git_commit": git_commit(script) if world.rank() == 0 else None,
     }

@@ -33,7 +33,8 @@ class WarmupSteps:
         if not 0 <= self.warmup <= self.steps * FALLS[0] or not 0 < self.start <= 1:
             raise OptionError(
                 f"a warm-up of {self.warmup} steps of {self.steps} that begins at {self.start:g}: "
-                "it must end before a third of all steps, and begin above 0 and not above 1"
+                "it must end before a third of all steps, and begin above 0 and not above 1. Warm "
+                "up for fewer epochs, or train for more"
             )
 
     def __call__(self, step: int) -> float:

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,34 +15,59 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 PATIENCE = 240
 
+LANGUAGES = {"sh", "python", "text"}
+
 #: Commands that are run elsewhere, or that install or build for minutes: by what.
 ELSEWHERE = {
-    "make demo": "tests/jobs (what it launches); the recipe by hand and in the release check",
+    "make demo": "tests/unit/test_makefile.py (the recipe), tests/jobs (what it launches)",
     "make test": "continuous integration, which is this run",
     "pip install 'hpc_dl[torch,mpi]'": "tests/unit/test_packaging.py (the built wheel)",
+    "pip install 'hpc_dl[mpi,horovod,torch]'": "tests/unit/test_packaging.py (the built wheel)",
     "hpc-dl horovod build": "make test, before the tests on real ranks",
+    "module load cuda": "nothing: a site's command",
+    "pip install torch": "make test (a CPU build)",
+    "hpc-dl horovod build --gpu nccl": "tests/unit/test_horovod_build_tools.py (what it is told)",
+    "sbatch slurm/digits.sbatch": "tests/unit/test_slurm_scripts.py (its syntax)",
 }
+
+#: What a page's commands run, where the page does not show it itself.
+STAND_INS = {"train.py": "import hpc_dl\n", "my_project/train.py": "import hpc_dl\n"}
 
 
 class Example(NamedTuple):
     page: str
     ranks: int
+    saved_as: str
     text: str
 
 
+MARK = r"<!-- run on (\d+) ranks?(?:, saved as (\S+))? -->\n```python\n"
+
+
 def examples() -> list[Example]:
-    pattern = re.compile(r"<!-- run on (\d+) ranks? -->\n```python\n(.*?)```", re.DOTALL)
+    pattern = re.compile(MARK + r"(.*?)```", re.DOTALL)
     return [
-        Example(page.name, int(ranks), text)
+        Example(page.name, int(ranks), saved_as, text)
         for page in PAGES
-        for ranks, text in pattern.findall(page.read_text())
+        for ranks, saved_as, text in pattern.findall(page.read_text())
     ]
+
+
+def fences(page: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, language) for every block of code in a page."""
+    inside = False
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if line.lstrip().startswith(("```", "~~~")):
+            inside = not inside
+            if inside:
+                yield number, line.strip()[3:]
+    assert not inside, f"{page.name} has a block of code without an end"
 
 
 def commands() -> list[tuple[str, str]]:
     blocks = re.compile(r"```sh\n(.*?)```", re.DOTALL)
     found = [
-        (page.name, line.strip())
+        (page.name, re.sub(r"\s+# .*", "", line.strip()))
         for page in PAGES
         for block in blocks.findall(page.read_text())
         for line in block.replace("\\\n", " ").splitlines()
@@ -66,10 +92,21 @@ def run(arguments: list[str], folder: Path, **variables: str) -> subprocess.Comp
     )
 
 
+def test_every_block_says_its_language():
+    """A block without one would neither be run nor missed."""
+    for page in PAGES:
+        for line, language in fences(page):
+            assert language in LANGUAGES, f"{page.name}:{line}: {language!r} is none of {LANGUAGES}"
+
+
+def test_every_exception_is_still_in_use():
+    assert set(ELSEWHERE) <= {command for _, command in commands()}
+
+
 def test_every_python_example_is_marked():
     for page in PAGES:
         text = page.read_text()
-        marked = len(re.findall(r"<!-- run on \d+ ranks? -->\n```python\n", text))
+        marked = len(re.findall(MARK, text))
         assert text.count("```python\n") == marked, f"{page.name} has an example that is not run"
 
 
@@ -101,6 +138,10 @@ def test_command(page, command, tmp_path):
     arguments = programs[words[0]] + words[1:] if words[0] in programs else words
     for name in ("jobs", "examples", "benchmarks", "tests", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
+    shown = {e.saved_as: e.text for e in examples() if e.page == page and e.saved_as}
+    for name, text in (STAND_INS | shown).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
     done = run(arguments, tmp_path, **variables)
     assert done.returncode == 0, done.stdout + done.stderr
 

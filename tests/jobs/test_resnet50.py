@@ -46,10 +46,13 @@ def pictures(tmp_path: Path) -> Path:
     return tmp_path / "images of mine"
 
 
-def test_a_folder_of_images_is_learned_and_tested(pictures: Path, run_job: RunJob) -> None:
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_a_folder_of_images_is_learned_and_tested(
+    framework: str, pictures: Path, run_job: RunJob
+) -> None:
     run = run_job(
-        "resnet50", "--data", pictures, "--image-size", 32, "--batch-size", 3, "--epochs", 2,
-        "--sync-batch-norm",
+        "resnet50", "--framework", framework, "--data", pictures, "--image-size", 32,
+        "--batch-size", 3, "--epochs", 2, "--sync-batch-norm",
     )  # fmt: skip
     right = run.summary["test_accuracy"] * 3
     assert right == pytest.approx(round(right))

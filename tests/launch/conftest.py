@@ -2,11 +2,11 @@
 
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from launches import PATIENCE, Launch, Outcome, command
+from launches import PATIENCE, Launch, Outcome, Start, command
 
 from hpc_dl.errors import HpcDlError
 from hpc_dl.launch.mpirun import find_mpirun
@@ -59,3 +59,40 @@ def launch(write: Callable[[str], Path]) -> Launch:
         return Outcome(done.returncode, done.stdout, done.stderr, time.time())
 
     return launch
+
+
+@pytest.fixture
+def start(write: Callable[[str], Path]) -> Iterator[Start]:
+    """Start a launch on two ranks and do not wait for it."""
+    jobs: list[subprocess.Popen[str]] = []
+
+    def start(
+        text: str, *, options: tuple[object, ...] = (), before: tuple[str, ...] = ()
+    ) -> "subprocess.Popen[str]":
+        jobs.append(
+            subprocess.Popen(
+                [*before, *command("-n", 2, *options, write(text))],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+        return jobs[-1]
+
+    yield start
+    for job in jobs:
+        with job:  # closes its pipes and collects it
+            job.kill()
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder for temporary files of the launches in a test, and of nobody else."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    # Open MPI keeps its session there, and may be killed before it clears up.
+    monkeypatch.setenv("PRTE_MCA_prte_tmpdir_base", str(tmp_path))
+    monkeypatch.setenv("OMPI_MCA_orte_tmpdir_base", str(tmp_path))
+    return folder

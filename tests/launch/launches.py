@@ -1,5 +1,6 @@
 """Start launches as a user does, and look at what is left of them."""
 
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -8,6 +9,11 @@ from pathlib import Path
 
 #: Seconds for any one launch of these tests, far above what it takes.
 PATIENCE = 60.0
+
+#: Seconds within which a failing rank must have ended the whole job.
+PROMPT = 5.0
+
+WAIT_FOR_EVER = "time.sleep(1000)"
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,17 @@ class Outcome:
 
 
 Launch = Callable[..., Outcome]
+Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "hpc_dl.cli", "launch", *map(str, arguments)]
+
+
+def pids_of(job: "subprocess.Popen[str]", ranks: int = 2) -> list[int]:
+    """Read the process ids that the ranks print first."""
+    assert job.stdout is not None
+    return [int(job.stdout.readline().split()[-1]) for _ in range(ranks)]
 
 
 def alive(pid: int) -> bool:

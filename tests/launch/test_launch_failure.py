@@ -2,19 +2,14 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launches import PATIENCE, Launch, alive, command, wait_until
-
-#: Seconds within which a failing rank must have ended the whole job.
-PROMPT = 5.0
-
-WAIT_FOR_EVER = "time.sleep(1000)"
+from launches import PATIENCE, PROMPT, WAIT_FOR_EVER, Launch, command
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -113,13 +108,134 @@ def test_a_time_limit_shows_where_each_rank_stood(launch: Launch) -> None:
     assert "still running after 6 s" in done.err
 
 
+def test_an_error_that_ends_mpi_is_shown(launch: Launch) -> None:
+    done = launch(
+        "from mpi4py import MPI\n"
+        "MPI.COMM_WORLD.Set_errhandler(MPI.ERRORS_ARE_FATAL)\n"
+        "if RANK == 0: failing(); MPI.COMM_WORLD.Send(bytearray(8), dest=99)\n"
+        f"{WAIT_FOR_EVER}"
+    )
+    assert done.code not in (0, 1), done.err
+    assert done.took_to_end < PROMPT
+    assert "MPI_ERR_RANK: invalid rank" in done.err
+    assert "rank 0 ended the job" in done.err
+    assert "prterun" not in done.err
+
+
+def test_a_save_that_fails_at_the_time_limit_is_shown(launch: Launch) -> None:
+    done = launch(
+        "import signal\n"
+        "def save(*_): raise OSError('disk full while saving')\n"
+        "if RANK == 1: signal.signal(signal.SIGTERM, save)\n"
+        f"{WAIT_FOR_EVER}",
+        options=("--timeout", 4),
+    )
+    assert done.code == 124
+    assert "[1] OSError: disk full while saving" in done.err
+    assert "in save" in done.err
+
+
+def test_sigkill_while_the_others_wait_in_a_collective(launch: Launch) -> None:
+    done = launch(
+        "import signal\n"
+        "from mpi4py import MPI\n"
+        "MPI.COMM_WORLD.barrier()\n"
+        "if RANK == 1: failing(); os.kill(os.getpid(), signal.SIGKILL)\n"
+        "MPI.COMM_WORLD.barrier()",
+        ranks=3,
+    )
+    assert done.code == 128 + signal.SIGKILL, done.err
+    assert done.took_to_end < 20
+    assert "rank 1 was ended by signal 9" in done.err
+
+
+def test_mpi_in_another_world_is_an_error_also_after_sys_exit(launch: Launch) -> None:
+    """MPI with no word from mpirun: each rank is alone, as under the mpirun of another MPI."""
+    done = launch(
+        "for name in list(os.environ):\n"
+        "    if name.startswith(('PMIX_', 'OMPI_COMM', 'PRTE')): del os.environ[name]\n"
+        "from mpi4py import MPI\n"
+        "assert MPI.COMM_WORLD.size == 1\n"
+        "sys.exit(0)"
+    )
+    assert done.code == 1, done.err
+    assert "2 ranks were started, but this one sees a world of 1" in done.err
+
+
+def test_a_rank_on_another_machine_says_so(write: Callable[[str], Path], tmp_path: Path) -> None:
+    """A socket that is not there is what a rank of another node sees."""
+    done = subprocess.run(
+        [sys.executable, "-m", "hpc_dl.launch.worker", str(write("print('never')"))],
+        env={**os.environ, "HPC_DL_LAUNCH_SOCKET": str(tmp_path / "ranks")},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "serves one machine" in done.stderr
+    assert "never" not in done.stdout
+
+
+def test_a_job_stays_on_this_machine_in_an_allocation_of_two(
+    write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = f"{socket.gethostname()},another"
+    for name, value in {
+        "SLURM_JOBID": "7",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NODELIST": nodes,
+        "SLURM_JOB_NODELIST": nodes,
+        "SLURM_TASKS_PER_NODE": "1(x2)",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_ON_NODE": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    done = subprocess.run(
+        command("-n", 2, "--timeout", 30, write("print(os.uname().nodename)")),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    here = os.uname().nodename
+    assert sorted(done.stdout.splitlines()) == [f"[0] {here}", f"[1] {here}"]
+
+
+def test_a_job_of_this_package_says_what_is_wrong_once(launch: Launch) -> None:
+    done = launch(
+        "import click\n"
+        "from hpc_dl.cli.job import JobCommand\n"
+        "from hpc_dl.errors import OptionError\n"
+        "@click.command(cls=JobCommand)\n"
+        "def main(): raise OptionError('unknown communicator nope')\n"
+        "main()"
+    )
+    assert done.code == 2
+    assert done.err.count("unknown communicator nope") == 1
+    assert "os._exit" not in done.err
+
+
+def test_options_of_the_users_replace_those_of_the_launcher(launch: Launch) -> None:
+    bind = ("--mpirun-arg=--bind-to", "--mpirun-arg=core")
+    # A machine of one core cannot bind two ranks to cores of their own.
+    overload = ("--mpirun-arg=--map-by", "--mpirun-arg=slot:oversubscribe")
+    done = launch("print('hello')", ranks=1, options=(*bind, *overload))
+    assert done.code == 0, done.err
+    assert done.out == "hello\n"
+
+
 def test_a_world_of_another_size_is_an_error(tmp_path: Path, write: Callable[[str], Path]) -> None:
     """What srun --mpi=none does: as many processes as asked for, each alone in its world."""
     starter = tmp_path / "mpirun"
     starter.write_text(
         "#!/bin/sh\n"
         '[ "$1" = --version ] && { echo "HYDRA build details:"; exit; }\n'
-        "shift 2\n"
+        "shift 4\n"
         'PMI_RANK=0 OMPI_COMM_WORLD_RANK=0 "$@" & PMI_RANK=1 OMPI_COMM_WORLD_RANK=1 "$@"\n'
         "code=$?; wait; exit $code\n"
     )
@@ -165,126 +281,18 @@ def test_without_mpirun_one_rank_runs_and_two_are_an_error(tmp_path: Path) -> No
     assert "Traceback" not in done[2].stderr
 
 
-Start = Callable[[str], "subprocess.Popen[str]"]
-
-
-@pytest.fixture
-def start(write: Callable[[str], Path]) -> Iterator[Start]:
-    """Start a launch on two ranks and do not wait for it."""
-    jobs: list[subprocess.Popen[str]] = []
-
-    def start(text: str) -> "subprocess.Popen[str]":
-        jobs.append(
-            subprocess.Popen(
-                command("-n", 2, write(text)),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-        return jobs[-1]
-
-    yield start
-    for job in jobs:
-        with job:  # closes its pipes and collects it
-            job.kill()
-
-
-def pids_of(job: "subprocess.Popen[str]", ranks: int = 2) -> list[int]:
-    assert job.stdout is not None
-    return [int(job.stdout.readline().split()[-1]) for _ in range(ranks)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_launcher_ends_every_rank(start: Start, number: signal.Signals) -> None:
-    job = start(f"print(os.getpid(), flush=True); {WAIT_FOR_EVER}")
-    pids = pids_of(job)
-    job.send_signal(number)
-    _, err = job.communicate(timeout=PATIENCE)
-    assert job.returncode == 128 + number
-    assert number.name in err
-    assert "Traceback" not in err
-    assert not any(map(alive, pids))
-
-
-def test_ranks_may_finish_in_good_order_on_sigterm(start: Start) -> None:
-    job = start(
-        "import signal\n"
-        "stop = []\n"
-        "signal.signal(signal.SIGTERM, lambda *_: stop.append(1))\n"
-        "print(os.getpid(), flush=True)\n"
-        "while not stop: time.sleep(0.05)\n"
-        "time.sleep(0.5); print('saved', flush=True)",
+def test_a_named_mpirun_that_is_missing_is_an_error_also_for_one_rank(
+    write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HPC_DL_MPIRUN", "/nope/mpirun")
+    done = subprocess.run(
+        command("-n", 1, write("print('never')")),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
-    pids_of(job)
-    job.send_signal(signal.SIGTERM)
-    out, err = job.communicate(timeout=PATIENCE)
-    assert job.returncode == 0, err
-    assert out.count("saved") == 2
-
-
-def test_other_signals_are_passed_on(start: Start) -> None:
-    job = start(
-        "import signal\n"
-        "seen = []\n"
-        "signal.signal(signal.SIGUSR1, lambda *_: seen.append(1))\n"
-        "print(os.getpid(), flush=True)\n"
-        "while not seen: time.sleep(0.05)",
-    )
-    pids_of(job)
-    job.send_signal(signal.SIGUSR1)
-    job.communicate(timeout=PATIENCE)
-    assert job.returncode == 0
-
-
-def test_nothing_is_left_when_the_launcher_is_killed(start: Start) -> None:
-    job = start(f"print(os.getpid(), flush=True); {WAIT_FOR_EVER}")
-    pids = pids_of(job)
-    assert all(map(alive, pids))
-    job.kill()
-    job.communicate(timeout=PATIENCE)
-    assert wait_until(lambda: not any(map(alive, pids)), 10.0)
-
-
-def test_children_of_ranks_do_not_outlive_the_job(launch: Launch) -> None:
-    done = launch(
-        "import subprocess\n"
-        "child = subprocess.Popen(['sleep', '1000'], start_new_session=True)\n"
-        "print(child.pid, flush=True)\n"
-        "there = os.path.join(os.path.dirname(__file__), 'there')\n"
-        "if RANK == 0: open(there, 'w').close()\n"
-        "while not os.path.exists(there): time.sleep(0.05)\n"
-        "if RANK == 1: time.sleep(0.3); raise SystemExit(4)\n"
-        f"{WAIT_FOR_EVER}"
-    )
-    assert done.code == 4
-    children = [int(line.split()[-1]) for line in done.out.splitlines()]
-    assert len(children) == 2
-    assert not any(map(alive, children))
-
-
-def test_a_reader_that_goes_away_ends_the_job(start: Start) -> None:
-    job = start("for i in range(10**9): print('line', i)")
-    assert job.stdout is not None
-    job.stdout.readline()
-    job.stdout.close()
-    start_of_end = time.monotonic()
-    assert job.stderr is not None
-    err = job.stderr.read()
-    assert job.wait(timeout=PATIENCE) != 0
-    assert time.monotonic() - start_of_end < PROMPT
-    assert "Traceback" not in err
-
-
-def test_launches_can_be_nested(launch: Launch, tmp_path: Path) -> None:
-    inner = tmp_path / "inner.py"
-    inner.write_text("from mpi4py import MPI; print('inner', MPI.COMM_WORLD.size)")
-    line = command("-n", 2, inner)
-    done = launch(
-        "if RANK == 0:\n"
-        "    import subprocess\n"
-        f"    subprocess.run({line!r}, check=True, timeout=50, stdin=subprocess.DEVNULL)"
-    )
-    assert done.code == 0, done.err
-    assert done.out.count("inner 2") == 2, os.linesep.join((done.out, done.err))
+    assert done.returncode == 1
+    assert "$HPC_DL_MPIRUN names '/nope/mpirun'" in done.stderr
+    assert done.stdout == ""

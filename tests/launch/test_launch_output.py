@@ -132,3 +132,22 @@ def test_rank_0_has_the_terminal(write: Callable[[str], Path]) -> None:
     assert b"[1] \x1b[0mtty 1 False\r\n" in seen
     assert all(b"\rbar %d" % i in seen for i in range(3))
     assert re.search(rb"bar 2\s*\r\n", seen)
+
+
+def test_colour_goes_to_terminals_only(write: Callable[[str], Path], tmp_path: Path) -> None:
+    script, log = write("print('out'); print('err', file=sys.stderr)"), tmp_path / "log"
+    redirected = (
+        f"import os; os.dup2(os.open({str(log)!r}, os.O_WRONLY | os.O_CREAT), 2); "
+        f"os.execv({sys.executable!r}, {command('-n', 2, script)!r})"
+    )
+    code, seen = on_a_terminal(sys.executable, "-c", redirected)
+    assert code == 0, seen
+    assert b"[1] \x1b[0mout\r\n" in seen
+    assert sorted(log.read_text().splitlines()) == ["[0] err", "[1] err"]
+
+
+def test_no_color_is_heeded(write: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    code, seen = on_a_terminal(*command("-n", 2, write("print('out')")))
+    assert code == 0, seen
+    assert b"[1] out\r\n" in seen

@@ -35,6 +35,10 @@ def test_the_version_is_that_of_the_package() -> None:
     [
         (["launch", "-n", "2", "missing.py"], 2, "Error: there is no script 'missing.py'"),
         (["launch", "-n", "0", __file__], 2, "Error: -n 0"),
+        (["launch", "--np", "0", __file__], 2, "Error: -n 0"),
+        (["launch", "-np", "0", __file__], 2, "Error: -n 0"),
+        (["launch", "--frobnicate", "2", __file__], 2, "--frobnicate"),
+        (["launch", "--timeout", "nan", __file__], 2, "Error: --timeout nan"),
         (["launch", "--env", "NOVALUE", __file__], 2, "Error: --env 'NOVALUE'"),
         (["launch", "--mpirun", "nope", "-n", "2", __file__], 1, "Error: --mpirun names 'nope'"),
         (["horovod", "build", "--jobs", "0"], 2, "Error: --jobs 0"),
@@ -98,7 +102,7 @@ def test_status_is_a_failure_when_horovod_does_not_fit(
 ) -> None:
     broken = FrameworkState("2.13.0", "2.1.0", problem="Horovod was compiled for torch 2.1.0")
     state = Status("0.28.1", {"torch": broken}, (), tmp_path)
-    monkeypatch.setattr(horovod_command.horovod_status, "status", lambda folder: state)
+    monkeypatch.setattr(horovod_command.horovod_status, "status", lambda *_: state)
     done = CliRunner().invoke(main, ["horovod", "status", "--json"])
     assert done.exit_code == 1
     assert json.loads(done.stdout)["frameworks"]["torch"]["works"] is False

@@ -1,6 +1,7 @@
 """Image sets from files: what is read, and what is said of files that are wrong."""
 
 import gzip
+import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpc_dl.data import image_folder, mnist, read_idx
+from hpc_dl.data import image_folder, list_images, mnist, read_idx
 from hpc_dl.errors import DataError, OptionError
 
 CODES = {
@@ -134,6 +135,45 @@ def folder(tmp_path: Path) -> Path:
             Image.new("RGB", shape, colour).save(where)
         (tmp_path / name / "notes.txt").write_text("no picture")
     return tmp_path
+
+
+def test_hidden_files_and_folders_are_no_images(folder: Path) -> None:
+    """Of archives from other systems, and of notebooks."""
+    (folder / "red" / "._0.png").write_bytes(b"no picture")
+    for hidden in (folder / ".checkpoints", folder / "red" / ".trash"):
+        hidden.mkdir()
+        Image.new("RGB", (20, 20)).save(hidden / "old.png")
+    assert list_images(folder).names == ("blue", "red")
+    assert len(image_folder(folder, 16)) == 5
+
+
+def test_links_to_folders_are_followed(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    linked = tmp_path_factory.mktemp("linked")
+    (linked / "colours").mkdir()
+    (linked / "colours" / "red").symlink_to(folder / "red")
+    assert len(image_folder(linked, 16)) == 3
+
+
+def test_ranks_take_one_listing(folder: Path) -> None:
+    """A rank that lacks a file says which, and does not number the others anew."""
+    listing = list_images(folder)
+    missing = folder / listing.paths[1]
+    missing.unlink()
+    found = image_folder(folder, 16, listing=listing)
+    assert len(found) == 5
+    assert found.batch(np.array([4])).labels.tolist() == [1]
+    with pytest.raises(DataError, match="cannot be decoded") as raised:
+        found.batch(np.array([1]))
+    assert str(missing) in str(raised.value)
+
+
+def test_an_image_folder_that_has_decoded_can_be_pickled(folder: Path) -> None:
+    found = image_folder(folder, 16)
+    images = found.batch(np.arange(5)).images
+    again = pickle.loads(pickle.dumps(found))
+    np.testing.assert_array_equal(again.batch(np.arange(5)).images, images)
 
 
 @pytest.mark.parametrize("augment", [False, True])

@@ -50,6 +50,12 @@ CASES = {
         "  CMake Error at CMakeLists.txt:17 (project):\n    No CMAKE_CXX_COMPILER could be found.",
         "g++",
     ),
+    "cmake, broken compiler": (
+        "  CMake Error at Modules/CMakeTestCXXCompiler.cmake:71 (message):\n"
+        '    The C++ compiler\n      "/bin/false"\n'
+        "    is not able to compile a simple test program.",
+        "no working C++ compiler",
+    ),
     "cmake, too old": (
         "  CMake Error at CMakeLists.txt:1 (cmake_minimum_required):\n"
         "    CMake 3.13 or higher is required.  You are running version 3.10.2",

@@ -92,6 +92,22 @@ def test_another_archive_is_refused(tmp_path: Path) -> None:
         fetch(tmp_path / "cache", tmp_path / "missing.tar.gz")
 
 
+def test_the_first_releases_of_python_3_11_unpack_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They have no filters; the archive's hash was checked before."""
+    monkeypatch.delattr(tarfile, "data_filter")
+
+    def extractall(self: tarfile.TarFile, path: Path) -> None:
+        (path / "unpacked").touch()
+
+    monkeypatch.setattr(tarfile.TarFile, "extractall", extractall)
+    with tarfile.open(tmp_path / "archive.tar.gz", "w:gz"):
+        pass
+    unpack(tmp_path / "archive.tar.gz", tmp_path)
+    assert (tmp_path / "unpacked").exists()
+
+
 def test_an_archive_cannot_write_outside_its_folder(tmp_path: Path) -> None:
     evil = tmp_path / "evil.tar.gz"
     (tmp_path / "payload").write_text("x")

@@ -84,8 +84,26 @@ def test_open_mpi_gets_what_a_small_machine_needs() -> None:
     options = start_options(found, 3, ("NAME",))
     assert options[:2] == ["-n", "3"]
     assert {"--oversubscribe", "--bind-to", "-x"} <= set(options)
+    assert options[options.index("--host") + 1] == "localhost:3"
     hydra = Mpirun(Path("/opt/mpi/bin/mpirun"), "hydra", "4", "PATH")
-    assert start_options(hydra, 3, ("NAME",)) == ["-n", "3"]
+    assert start_options(hydra, 3, ("NAME",)) == ["-n", "3", "-hosts", "localhost"]
+
+
+@pytest.mark.parametrize(
+    ("given", "gone", "kept"),
+    [
+        (["--bind-to", "core"], "--bind-to", "--oversubscribe"),
+        (["--map-by", "numa"], "--oversubscribe", "--bind-to"),
+        (["-map-by", "slot:PE=2", "--bind-to", "core"], "--oversubscribe", "--host"),
+        (["--hostfile", "hosts"], "--host", "--bind-to"),
+        (["-H", "localhost:8"], "--host", "--bind-to"),
+    ],
+)
+def test_an_option_of_the_users_replaces_ours(given: list[str], gone: str, kept: str) -> None:
+    found = Mpirun(Path("/opt/mpi/bin/mpirun"), "openmpi", "5", "PATH")
+    options = start_options(found, 2, (), given)
+    assert gone not in options
+    assert kept in options
 
 
 @pytest.mark.parametrize("user", [0, 1000])
@@ -103,11 +121,17 @@ def test_marks_of_an_outer_job_are_not_inherited() -> None:
         "PMIX_MCA_gds": "hash",
         "OMPI_MCA_btl": "self,sm",
         "HOME": "/home/me",
+        "HPC_DL_LAUNCH_SOCKET": "/tmp/x",
+        "HPC_DL_LAUNCH_TERMINAL": "/dev/pts/1",
+        "HPC_DL_LAUNCH_MERGED": "1",
+        "HPC_DL_EXPECTED_SIZE": "2",
+        "HPC_DL_COMM": "mpi",
     }
     assert start_environment(None, outer) == {
         "PMIX_MCA_gds": "hash",
         "OMPI_MCA_btl": "self,sm",
         "HOME": "/home/me",
+        "HPC_DL_COMM": "mpi",
     }
 
 
@@ -143,6 +167,7 @@ def test_what_the_user_sets_reaches_every_rank(tmp_path: Path) -> None:
     [
         ({"ranks": 0}, "-n 0"),
         ({"timeout": -1.0}, "--timeout -1"),
+        ({"timeout": float("nan")}, "--timeout nan"),
         ({"script": "missing.py"}, "no script 'missing.py'"),
     ],
 )
@@ -155,7 +180,7 @@ def test_requests_that_make_no_sense(
         Request(**{"script": str(script), **changes})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("message", [Hello(3, "stderr", 12), Hello(0, "control", 1)])
+@pytest.mark.parametrize("message", [Hello(3, 12, ("stdout", "stderr")), Hello(0, 1)])
 def test_a_greeting_survives_the_wire(message: Hello) -> None:
     assert decode_hello(encode(message)) == message
 
@@ -168,7 +193,14 @@ def test_an_end_survives_the_wire(message: End) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", [b"", b"[]", b'{"stream": "stdin"}', b'{"stream": "stdout"}', b"GET / HTTP/1.1"]
+    "line",
+    [
+        b"",
+        b"[]",
+        b'{"rank": 0, "pid": 1, "streams": ["stdin"]}',
+        b'{"streams": ["stdout"]}',
+        b"GET / HTTP/1.1",
+    ],
 )
 def test_strangers_are_not_taken_for_ranks(line: bytes) -> None:
     with pytest.raises(ValueError, match="not the greeting of a rank"):

@@ -9,9 +9,11 @@ from hypothesis import strategies as st
 from hpc_dl.launch.screen import LONGEST_LINE, LineSplitter, Screen, visible
 
 
-def screen(*, terminal: bool = False, prefix: bool = True) -> tuple[Screen, io.BytesIO, io.BytesIO]:
+def screen(
+    *, terminal: bool = False, prefix: bool = True, colour: tuple[bool, bool] = (False, False)
+) -> tuple[Screen, io.BytesIO, io.BytesIO]:
     out, err = io.BytesIO(), io.BytesIO()
-    return Screen(out, err, prefix=prefix, colour=False, terminal=terminal), out, err
+    return Screen(out, err, prefix=prefix, colour=colour, terminal=terminal), out, err
 
 
 @given(
@@ -46,6 +48,14 @@ def test_each_line_begins_with_its_rank() -> None:
     shown.line(b"hpc-dl launch: done", error=True)
     assert out.getvalue() == b"[3] hello\n"
     assert err.getvalue() == b"[1] oh\nhpc-dl launch: done\n"
+
+
+def test_a_prefix_is_coloured_where_it_is_seen() -> None:
+    shown, out, err = screen(colour=(True, False))
+    shown.line(b"hello", 0)
+    shown.line(b"oh", 0, error=True)
+    assert out.getvalue() == b"\x1b[36m[0] \x1b[0mhello\n"
+    assert err.getvalue() == b"[0] oh\n"
 
 
 def test_no_prefix_means_none() -> None:

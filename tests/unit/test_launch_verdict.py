@@ -132,3 +132,43 @@ def test_a_stopped_job_says_by_what(number: signal.Signals) -> None:
 def test_ranks_that_finish_in_good_order_on_a_signal_have_succeeded() -> None:
     verdict = judge(facts(2, {0: End(0), 1: End(0)}, 0, stopped_by=signal.SIGTERM))
     assert verdict.code == 0
+
+
+FATAL = (
+    "[vm:00000] *** An error occurred in MPI_Send\n"
+    "[vm:00000] *** MPI_ERR_RANK: invalid rank\n"
+    f"{'-' * 74}\n"
+    "prterun has exited due to process rank 0 with PID 0 on node vm calling\n"
+    '"abort". This may have caused other processes to be terminated.\n'
+    f"{'-' * 74}\n"
+)
+
+
+def test_an_error_that_only_mpi_reports_is_shown() -> None:
+    verdict = judge(facts(2, {}, 6, noise=FATAL))
+    assert verdict.code == 6
+    assert "rank 0 ended the job with exit code 6" in verdict.message
+    assert "MPI_ERR_RANK: invalid rank" in verdict.noise
+    assert "prterun" not in verdict.noise
+
+
+def test_a_rank_that_died_before_it_joined_is_quoted() -> None:
+    verdict = judge(Facts(2, {}, frozenset({0}), 1, "ImportError: libpython", lost=(0,)))
+    assert verdict.code == 1
+    assert verdict.noise == "ImportError: libpython"
+
+
+def test_a_failing_rank_needs_no_words_of_mpis() -> None:
+    assert judge(facts(2, {0: End(1, "ValueError", "trace")}, 1, noise=FATAL)).noise == ""
+
+
+@pytest.mark.parametrize(
+    ("ended", "code"), [({"timeout": 3.0}, TIMED_OUT), ({"stopped_by": signal.SIGTERM}, 143)]
+)
+def test_what_fails_on_the_way_out_is_told(ended: dict[str, object], code: int) -> None:
+    end = End(1, "OSError: disk full", "the traceback")
+    verdict = judge(facts(2, {0: End(130, "KeyboardInterrupt"), 1: end}, 1, **ended))
+    assert verdict.code == code
+    assert (verdict.blamed, verdict.traceback) == (1, "the traceback")
+    assert "rank 1 failed meanwhile: OSError: disk full" in verdict.message
+    assert verdict.from_outside

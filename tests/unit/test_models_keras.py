@@ -34,6 +34,23 @@ assert sum(not np.any(layer.gamma.numpy()) for layer in norms[1]) == 16
 assert synced(np.zeros((2, 32, 32, 3), "float32")).shape == (2, 1000)
 """
 
+L2 = """
+import keras, numpy as np
+from hpc_dl.training.classify_keras import SgdWithL2
+
+matrix, vector = keras.Variable(np.ones((2, 2))), keras.Variable(np.ones(2))
+optimizer = SgdWithL2(0.1, momentum=0.9, l2=0.5)
+optimizer.build([matrix, vector])
+w, velocity = 1.0, 0.0
+for step in range(3):
+    optimizer.apply([np.full((2, 2), 0.25, "float32"), np.full(2, 0.0, "float32")])
+    velocity = 0.9 * velocity + 0.25 + 0.5 * w  # PyTorch's SGD
+    w -= 0.1 * velocity
+np.testing.assert_allclose(matrix.numpy(), w, rtol=1e-5)
+np.testing.assert_allclose(vector.numpy(), 1.0)
+assert SgdWithL2.from_config(optimizer.get_config()).l2 == 0.5
+"""
+
 LOSS = """
 import keras, numpy as np
 from hpc_dl.training.classify_keras import SmoothedCrossentropy
@@ -50,7 +67,7 @@ for smoothing in (0.0, 0.1, 0.9):
 """
 
 
-@pytest.mark.parametrize("script", [NETWORKS, LOSS], ids=["networks", "loss"])
+@pytest.mark.parametrize("script", [NETWORKS, LOSS, L2], ids=["networks", "loss", "l2"])
 def test_in_keras(script: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -4,14 +4,16 @@ import configparser
 import importlib.metadata
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 from packaging.version import Version
+
+from hpc_dl import __version__
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,8 +64,7 @@ def installed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip("wheel", source, "-w", wheels)
     (wheel,) = wheels.glob("*.whl")
     site = tmp_path_factory.mktemp("a site")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(site)
+    pip("install", "--target", site, wheel)
     return site
 
 
@@ -89,7 +90,40 @@ def test_the_wheel_holds_every_file(installed: Path) -> None:
 
 
 def test_the_wheel_holds_nothing_else(installed: Path) -> None:
-    assert {path.name.partition("-")[0] for path in installed.iterdir()} == {"hpc_dl"}
+    there = {path.name.partition("-")[0] for path in installed.iterdir()}
+    assert there == {"hpc_dl", "bin"}
+    assert [path.name for path in (installed / "bin").iterdir()] == ["hpc-dl"]
+
+
+def test_the_program_runs_from_the_wheel(installed: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [installed / "bin" / "hpc-dl", "--version"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(installed)},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert __version__ in done.stdout
+
+
+def test_only_one_tensorflow_is_asked_for() -> None:
+    """Both builds hold the same files: a second one overwrites the first."""
+    extras = configparser.ConfigParser()
+    extras.read(ROOT / "setup.cfg")
+    section = dict(extras["options.extras_require"])
+    wanted = {
+        name: re.findall(r"^tensorflow[\w-]*", text.strip(), re.MULTILINE)
+        for name, text in section.items()
+    }
+    assert wanted["tensorflow"] == ["tensorflow"]
+    (together,) = re.findall(r"hpc_dl\[(.*)\]", section["all"])
+    assert {"tensorflow", "tensorflow-cpu"} & set(together.split(",")) == {"tensorflow-cpu"}
+    assert set(together.split(",")) < set(section)
+    # The Makefile pins what `all` brings.
+    assert re.search(r"^TENSORFLOW := tensorflow-cpu==", (ROOT / "Makefile").read_text(), re.M)
 
 
 def test_jobs_run_from_the_wheel(installed: Path, tmp_path: Path) -> None:
