@@ -30,7 +30,7 @@ def _model() -> dict[str, Any]:
 
 
 def test_equal_replicas_pass() -> None:
-    run_threads(3, lambda comm: check_replicas(comm, _model().items(), step=1))
+    run_threads(3, lambda comm: check_replicas(comm, _model().items(), when=1))
 
 
 @settings(max_examples=30, deadline=None)
@@ -51,7 +51,7 @@ def test_a_flipped_bit_is_found_and_named(size: int, name: str, data: st.DataObj
             raw.reshape(-1).view(np.uint8)[bit // 8] ^= 1 << bit % 8
             model[name] = raw
         with pytest.raises(ReplicaDivergenceError) as raised:
-            check_replicas(comm, model.items(), step=10)
+            check_replicas(comm, model.items(), when=10)
         return str(raised.value)
 
     ranks = ", ".join(str(r) for r in range(1, size)) if rank == 0 else str(rank)
@@ -70,7 +70,7 @@ def test_several_differences_name_the_first() -> None:
             model["steps"] += 1
             model["bias"] += 1
         with pytest.raises(ReplicaDivergenceError, match=r"2 of 6 parameters, first 'bias'"):
-            check_replicas(comm, model.items(), step=1)
+            check_replicas(comm, model.items(), when=1)
 
     run_threads(2, main)
 
@@ -81,7 +81,7 @@ def test_zeros_of_both_signs_differ() -> None:
     def main(comm: Communicator) -> None:
         x = np.zeros(3, np.float32) * (-1 if comm.rank else 1)
         with pytest.raises(ReplicaDivergenceError):
-            check_replicas(comm, [("x", x)], step=1)
+            check_replicas(comm, [("x", x)], when=1)
 
     run_threads(2, main)
 

@@ -38,5 +38,5 @@ def test_horovods_other_name_of_the_callbacks():
 
 
 def test_horovods_other_name_of_the_keras_adapter():
-    for name in hpc_dl.keras.__all__:
+    for name in set(hpc_dl.keras.__all__) - {"callbacks"}:  # a module of that name, tested above
         assert getattr(hpc_dl.tensorflow.keras, name) is getattr(hpc_dl.keras, name)

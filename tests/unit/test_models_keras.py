@@ -38,7 +38,7 @@ L2 = """
 import keras, numpy as np
 from hpc_dl.training.classify_keras import SgdWithL2
 
-matrix, vector = keras.Variable(np.ones((2, 2))), keras.Variable(np.ones(2))
+matrix, vector = (keras.Variable(np.ones(n), dtype="float32") for n in ((2, 2), 2))
 optimizer = SgdWithL2(0.1, momentum=0.9, l2=0.5)
 optimizer.build([matrix, vector])
 w, velocity = 1.0, 0.0
