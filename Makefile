@@ -33,7 +33,7 @@ RECIPE := setup.cfg pyproject.toml Makefile
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint test-unit test-parallel coverage docs bench-allreduce bench-adapter \
+.PHONY: help demo test lint test-unit test-parallel coverage docs bench-allreduce bench-adapter bench-between-nodes \
         venv horovod doctor clean distclean
 
 help:
@@ -45,6 +45,7 @@ help:
 	@echo 'make coverage         which lines of the package the unit tests run'
 	@echo 'make docs             run the examples in the docstrings'
 	@echo 'make bench-allreduce  one table: all-reduce against Horovod, mpi4py and gloo'
+	@echo 'make bench-between-nodes  all-reduce between hosts on shaped links (root)'
 	@echo 'make bench-adapter    images/s through hpc_dl.torch against horovod.torch'
 	@echo 'make horovod          build Horovod, unless a wheel that fits is cached'
 	@echo 'make doctor           what is installed, what works, what to repair'
@@ -112,6 +113,9 @@ docs: horovod
 
 bench-allreduce: horovod
 	$(PYTHON) benchmarks/allreduce.py
+
+bench-between-nodes: .venv/stamp-all
+	$(PYTHON) benchmarks/between_nodes.py
 
 bench-adapter: horovod
 	$(PYTHON) benchmarks/adapter.py

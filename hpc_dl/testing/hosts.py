@@ -73,7 +73,8 @@ class Hosts:
         traceback: TracebackType | None,
     ) -> None:
         for name in self.names:
-            # The pair of devices goes with the namespace.
+            # It would go with the namespace too, but some time later.
+            _run("ip", "link", "delete", f"{self._prefix}{name}", check=False)
             _run("ip", "netns", "delete", f"{self._prefix}-{name}", check=False)
         _run("ip", "link", "delete", self._bridge, check=False)
         if self._folder is not None:
