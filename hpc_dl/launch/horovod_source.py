@@ -136,11 +136,28 @@ def unpack(archive: Path, folder: Path) -> Path:
         with tarfile.open(archive) as tar:
             if hasattr(tarfile, "data_filter"):
                 tar.extractall(folder, filter="data")
-            else:  # Python 3.11.0 to 3.11.3; whose archive this is was checked by its hash
+            else:  # Python 3.11.0 to 3.11.3
+                _check_members(tar, folder)
                 tar.extractall(folder)
     except (OSError, tarfile.TarError) as error:
         raise BuildError(f"cannot unpack {archive} into {folder}: {error}") from error
     return folder / f"horovod-{VERSION}"
+
+
+def _check_members(tar: tarfile.TarFile, folder: Path) -> None:
+    root = folder.resolve()
+    for member in tar:
+        path = root / member.name
+        pointed = path
+        if member.issym():
+            pointed = path.parent / member.linkname
+        elif member.islnk():
+            pointed = root / member.linkname
+        inside = all(p.resolve().is_relative_to(root) for p in (path, pointed))
+        if not inside or not (
+            member.isfile() or member.isdir() or member.issym() or member.islnk()
+        ):
+            raise tarfile.TarError(f"{member.name!r} is no file of this folder")
 
 
 def apply_patches(source: Path) -> None:

@@ -83,7 +83,7 @@ def test_the_learning_rate_rises_then_falls(steps: int, data: st.DataObject) -> 
     warmup = data.draw(st.integers(0, steps // 3))
     start = data.draw(st.floats(0.01, 1))
     factors = [WarmupSteps(steps, warmup, start)(step) for step in range(steps)]
-    rise, fall = factors[: warmup + 1], factors[warmup:]
+    rise, fall = factors[:warmup], factors[warmup:]
     assert rise == sorted(rise)
     assert fall == sorted(fall, reverse=True)
     assert set(fall) <= {1.0, 0.1, 0.01, 0.001}
