@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
@@ -136,6 +137,11 @@ def unavailable() -> str:
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
         return f"hosts of one machine need {', '.join(missing)} (apt, dnf: iproute2, util-linux)"
+    if " " in sys.prefix:
+        return (
+            f"Open MPI does not quote its own path when it starts ranks on other hosts, and "
+            f"{sys.prefix!r} has a space; use an environment at a path without"
+        )
     return ""
 
 

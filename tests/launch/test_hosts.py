@@ -90,6 +90,10 @@ def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts.shutil, "which", lambda program: None)
     with pytest.raises(MissingComponentError, match=r"ip, tc.*iproute2"):
         Hosts(2)
+    monkeypatch.setattr(hosts.shutil, "which", lambda program: program)
+    monkeypatch.setattr(hosts.sys, "prefix", "/my environments/one")
+    with pytest.raises(MissingComponentError, match="has a space"):
+        Hosts(2)
 
 
 def test_a_number_of_hosts_without_room_is_refused() -> None:
