@@ -123,7 +123,7 @@ def guard_seconds(name: str, repeats: int) -> float:
         hvd.barrier()
         start = time.perf_counter()
         named = ((n, host_view(p.detach())) for n, p in model.named_parameters())
-        check_replicas(current().comm, named, step=1)
+        check_replicas(current().comm, named, when=1)
         taken.append(time.perf_counter() - start)
     return float(np.median(taken))
 
