@@ -101,13 +101,22 @@ class BaseCommunicator(ABC):
         self, x: Array, op: Op = Op.SUM, scale: float = 1.0, name: str | None = None
     ) -> Work:
         """Start ``allreduce``; ``x`` is not to be touched until ``wait`` returns it."""
+        return self.persistent_allreduce(x, op, scale, name)()
+
+    def persistent_allreduce(
+        self, x: Array, op: Op = Op.SUM, scale: float = 1.0, name: str | None = None
+    ) -> Callable[[], Work]:
+        """Return a function that starts ``allreduce`` of ``x``, as often as it is called.
+
+        The arguments are checked here, once; a start costs as little as it can.
+        """
         call = self._allreduce_call(x, op, scale)
 
         def run() -> Array:
             call()
             return x
 
-        return self._queue.submit(run)
+        return lambda: self._queue.submit(run)
 
     def _allreduce_call(self, x: Array, op: Op, scale: float) -> Callable[[], None]:
         op, scale = self._resolve(x, Op(op), scale, "allreduce")

@@ -5,6 +5,7 @@ shapes between ranks by itself and serves ranks that have joined, so callers nee
 """
 
 import os
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,7 +26,9 @@ class Binding(Protocol):
     hvd: Any
     reducible: frozenset[str]
 
-    def allreduce_start(self, x: Any, op: Op, scale: float, name: str, group: Any) -> Any: ...
+    def allreduce_starter(
+        self, x: Any, op: Op, scale: float, name: str, group: Any
+    ) -> Callable[[], Any]: ...
     def broadcast_start(self, x: Any, root: int, name: str, group: Any) -> Any: ...
     def finish(self, handle: Any) -> None: ...
     def poll(self, handle: Any) -> bool: ...
@@ -88,7 +91,7 @@ class HorovodCommunicator(BaseCommunicator):
             self._allreduce_as(flat, op, scale)
             return
         name = self._name("allreduce")
-        self._finish(self._binding.allreduce_start(flat, op, scale, name, self._group))
+        self._finish(self._binding.allreduce_starter(flat, op, scale, name, self._group)())
 
     def _allreduce_as(self, flat: Array, op: Op, scale: float) -> None:
         """Reduce a type that Horovod does not: bfloat16 as float32, others by a gather."""
@@ -106,25 +109,25 @@ class HorovodCommunicator(BaseCommunicator):
         self.allreduce_async(x, op, scale, name).wait()
         return x
 
-    def allreduce_async(
+    def persistent_allreduce(
         self, x: Array, op: Op = Op.SUM, scale: float = 1.0, name: str | None = None
-    ) -> Work:
-        """Start ``allreduce`` in Horovod's own background thread."""
+    ) -> Callable[[], Work]:
+        """Return a function that starts ``allreduce`` in Horovod's own background thread."""
         resolved, factor = self._resolve(x, Op(op), scale, "allreduce")
         native = is_device_tensor(x) or x.dtype.name in self._binding.reducible
         if not native or np.prod(x.shape) == 0:
-            return super().allreduce_async(x, op, scale)
+            return super().persistent_allreduce(x, op, scale)
         flat = x if is_device_tensor(x) else self._flat(x, "allreduce")
         if name is None:
             self._started += 1
             name = f"async.{self._started}"
         label = f"hpc_dl.{self._label}.{name}"
-        handle = self._binding.allreduce_start(flat, resolved, factor, label, self._group)
-        return _HorovodWork(self, handle, x)
+        start = self._binding.allreduce_starter(flat, resolved, factor, label, self._group)
+        return lambda: _HorovodWork(self, start(), x)
 
     def _allreduce_device(self, x: Any, op: Op, scale: float) -> None:
         name = self._name("allreduce")
-        self._finish(self._binding.allreduce_start(x, op, scale, name, self._group))
+        self._finish(self._binding.allreduce_starter(x, op, scale, name, self._group)())
 
     def check_device(self, x: Any) -> None:
         """Accept every tensor: Horovod takes it, or it is copied through the host."""

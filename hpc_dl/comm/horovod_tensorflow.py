@@ -1,5 +1,6 @@
 """Horovod built for TensorFlow, called with copies of NumPy arrays."""
 
+from collections.abc import Callable
 from typing import Any
 
 import horovod.tensorflow as hvd
@@ -23,19 +24,25 @@ class TensorFlowBinding:
     hvd = hvd
     reducible = frozenset({"uint8", "int8", "int32", "int64", "float16", "float32", "float64"})
 
-    def allreduce_start(self, x: Array, op: Op, scale: float, name: str, group: Any) -> None:
-        """All-reduce in place."""
+    def allreduce_starter(
+        self, x: Array, op: Op, scale: float, name: str, group: Any
+    ) -> Callable[[], None]:
+        """Return a function that all-reduces in place."""
         # Halves are scaled before the sum, which overflows otherwise at scale. The factor
         # of Horovod's operation is a float32, so the others are scaled here.
         before, after = (scale, 1.0) if x.dtype.itemsize == 2 else (1.0, scale)
-        reduced = hvd.allreduce(
-            tf.convert_to_tensor(x),
-            name=name,
-            op=_OPS[op],
-            prescale_factor=before,
-            process_set=group,
-        )
-        np.multiply(reduced.numpy(), x.dtype.type(after), out=x)
+
+        def start() -> None:
+            reduced = hvd.allreduce(
+                tf.convert_to_tensor(x),
+                name=name,
+                op=_OPS[op],
+                prescale_factor=before,
+                process_set=group,
+            )
+            np.multiply(reduced.numpy(), x.dtype.type(after), out=x)
+
+        return start
 
     def broadcast_start(self, x: Array, root: int, name: str, group: Any) -> None:
         """Broadcast in place."""

@@ -1,5 +1,7 @@
 """Horovod built for torch, called with views of NumPy arrays."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import horovod.torch as hvd
@@ -23,12 +25,15 @@ class TorchBinding:
     hvd = hvd
     reducible = frozenset({"int32", "int64", "float16", "float32", "float64"})
 
-    def allreduce_start(self, x: Any, op: Op, scale: float, name: str, group: Any) -> int:
-        """Start an all-reduce in place and return its handle."""
+    def allreduce_starter(
+        self, x: Any, op: Op, scale: float, name: str, group: Any
+    ) -> Callable[[], int]:
+        """Return a function that starts an all-reduce in place and returns its handle."""
         tensor = x if is_device_tensor(x) else torch_view(x)
         # Halves are scaled before the sum, which overflows otherwise at scale.
         before, after = (scale, 1.0) if tensor.dtype.itemsize == 2 else (1.0, scale)
-        handle: int = hvd.allreduce_async_(
+        return functools.partial(
+            hvd.allreduce_async_,
             tensor,
             name=name,
             op=_OPS[op],
@@ -36,7 +41,6 @@ class TorchBinding:
             postscale_factor=after,
             process_set=group,
         )
-        return handle
 
     def broadcast_start(self, x: Any, root: int, name: str, group: Any) -> int:
         """Start a broadcast in place and return its handle."""

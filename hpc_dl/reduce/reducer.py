@@ -54,7 +54,10 @@ class Reducer:
             else list(buffers)
         )
         self._comm, self._op, self._scale, self._agree = comm, op, scale, agree
-        self._name = name
+        self._starts = [
+            self._start_of(number, None if name is None else f"{name}.{number}")
+            for number in range(len(self.buffers))
+        ]
         large = len(layout.buckets) > 1 and layout.nbytes >= OVERLAP_BYTES
         self._overlap = large or comm.negotiates  # Horovod's thread is there in any case
         self._missing = [0] * len(layout.buckets)
@@ -120,16 +123,17 @@ class Reducer:
         """Return steps, bytes sent and seconds waited so far."""
         return Traffic(self._steps, self._bytes, self._waited)
 
-    def _start(self, bucket: int) -> None:
-        self._next = bucket + 1
+    def _start_of(self, bucket: int, name: str | None) -> Callable[[], Work]:
+        """Return the function that starts a bucket's reduction."""
         if self._comm.negotiates:
             # Its calls agree by themselves, and run in a thread of its own.
-            name = None if self._name is None else f"{self._name}.{bucket}"
             buffer = self.buffers[bucket]
-            work = self._comm.allreduce_async(buffer, self._op, self._scale, name)
-        else:
-            work = self._comm.submit(functools.partial(self._reduce, bucket))
-        self._works.append(work)
+            return self._comm.persistent_allreduce(buffer, self._op, self._scale, name)
+        return lambda: self._comm.submit(functools.partial(self._reduce, bucket))
+
+    def _start(self, bucket: int) -> None:
+        self._next = bucket + 1
+        self._works.append(self._starts[bucket]())
 
     def _reduce(self, bucket: int) -> None:
         """Agree on a bucket and reduce it, unless one before it has failed on all ranks."""

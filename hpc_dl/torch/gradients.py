@@ -19,7 +19,7 @@ from hpc_dl.reduce.traffic import total
 from hpc_dl.torch.sparse import allreduce_sparse
 from hpc_dl.world import Call, Group
 from hpc_dl.world.parameters import Described, check_parameters
-from hpc_dl.world.reducers import BUCKET_BYTES, Names
+from hpc_dl.world.reducers import BUCKET_BYTES, BUCKET_BYTES_NEGOTIATED, Names
 
 
 class Options(NamedTuple):
@@ -177,7 +177,9 @@ class GradientReduction:
     ) -> None:
         options = self._options
         parameters = [Parameter(name, tuple(p.shape), self._wire(p)) for name, p in named]
-        layout = plan(parameters, BUCKET_BYTES, options.groups)
+        fuses = self._group.comm.negotiates
+        capacity = BUCKET_BYTES_NEGOTIATED if fuses else BUCKET_BYTES
+        layout = plan(parameters, capacity, options.groups)
         buffers = None
         if device.type != "cpu":
             buffers = [

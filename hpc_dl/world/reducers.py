@@ -20,6 +20,8 @@ from hpc_dl.world.process_sets import ProcessSet
 
 #: Bytes at which a bucket is closed.
 BUCKET_BYTES = 8 << 20
+#: The same over Horovod, which fuses what is ready by itself: smaller ones leave sooner.
+BUCKET_BYTES_NEGOTIATED = 256 << 10
 
 Names = tuple[str, ...]
 

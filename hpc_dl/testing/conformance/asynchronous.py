@@ -43,6 +43,19 @@ class AsynchronousConformance(Suite):
 
         on_ranks(check)
 
+    def test_persistent_allreduce(self, on_ranks: OnRanks) -> None:
+        def check(comm: Communicator) -> None:
+            shape, dtype = (1003, 2), FLOATS[0]
+            x = np.empty(shape, dtype)
+            start = comm.persistent_allreduce(x, Op.AVERAGE, 3.0, name="persistent")
+            for _ in range(3):
+                np.copyto(x, values(shape, dtype, comm.rank))
+                assert start().wait() is x
+                total = expected(Op.SUM, shape, dtype, comm.size)
+                np.testing.assert_allclose(x, total * (3.0 / comm.size), rtol=1e-6)
+
+        on_ranks(check)
+
     def test_all_kinds_at_once_out_of_order(self, on_ranks: OnRanks) -> None:
         def check(comm: Communicator) -> None:
             rank, size = comm.rank, comm.size
