@@ -54,10 +54,10 @@ class Reducer:
             else list(buffers)
         )
         self._comm, self._op, self._scale, self._agree = comm, op, scale, agree
-        self._starts = [
-            self._start_of(number, None if name is None else f"{name}.{number}")
-            for number in range(len(self.buffers))
-        ]
+        count = len(self.buffers)
+        self._names = [None if name is None else f"{name}.{i}" for i in range(count)]
+        self._starts = [self._start_of(bucket) for bucket in range(count)]
+        self._instead: dict[int, Any] = {}
         large = len(layout.buckets) > 1 and layout.nbytes >= OVERLAP_BYTES
         self._overlap = large or comm.negotiates  # Horovod's thread is there in any case
         self._missing = [0] * len(layout.buckets)
@@ -75,9 +75,23 @@ class Reducer:
             for parameter, offset in zip(bucket.parameters, bucket.offsets, strict=True)
         }
 
-    def ready(self, bucket: int) -> None:
-        """Say that one more gradient of ``bucket`` is in its place; start what can start."""
+    def takes_place_of(self, bucket: int) -> bool:
+        """Tell whether ``ready`` may be given an array of its own for ``bucket``.
+
+        Horovod copies what it fuses, so another copy into a bucket gains nothing.
+        """
+        return self._comm.negotiates and len(self.layout.buckets[bucket].parameters) == 1
+
+    def ready(self, bucket: int, instead: Any = None) -> None:
+        """Say that one more gradient of ``bucket`` is in its place; start what can start.
+
+        Args:
+            instead: reduced in place this time, instead of the bucket: flat, of its type and
+                length; where ``takes_place_of`` says so.
+        """
         self._missing[bucket] -= 1
+        if instead is not None:
+            self._instead[bucket] = instead
         if self._overlap:
             while self._next < len(self._missing) and self._missing[self._next] <= 0:
                 self._start(self._next)
@@ -123,17 +137,23 @@ class Reducer:
         """Return steps, bytes sent and seconds waited so far."""
         return Traffic(self._steps, self._bytes, self._waited)
 
-    def _start_of(self, bucket: int, name: str | None) -> Callable[[], Work]:
+    def _start_of(self, bucket: int) -> Callable[[], Work]:
         """Return the function that starts a bucket's reduction."""
         if self._comm.negotiates:
             # Its calls agree by themselves, and run in a thread of its own.
             buffer = self.buffers[bucket]
+            name = self._names[bucket]
             return self._comm.persistent_allreduce(buffer, self._op, self._scale, name)
         return lambda: self._comm.submit(functools.partial(self._reduce, bucket))
 
     def _start(self, bucket: int) -> None:
         self._next = bucket + 1
-        self._works.append(self._starts[bucket]())
+        if bucket in self._instead:
+            instead = self._instead[bucket]
+            name = self._names[bucket]
+            self._works.append(self._comm.allreduce_async(instead, self._op, self._scale, name))
+        else:
+            self._works.append(self._starts[bucket]())
 
     def _reduce(self, bucket: int) -> None:
         """Agree on a bucket and reduce it, unless one before it has failed on all ranks."""
@@ -150,3 +170,4 @@ class Reducer:
     def _rearm(self) -> None:
         self._missing = [len(bucket.parameters) for bucket in self.layout.buckets]
         self._next, self._works, self._error = 0, [], None
+        self._instead = {}

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from hpc_dl.arrays import BFLOAT16, Parameter, plan, torch_view
+from hpc_dl.arrays import BFLOAT16, Parameter, host_view, plan, torch_view
 from hpc_dl.comm import Op
 from hpc_dl.errors import HpcDlError
 from hpc_dl.reduce import Reducer, Traffic
@@ -37,6 +37,8 @@ class _Place(NamedTuple):
 
     bucket: int
     view: torch.Tensor
+    alone: bool
+    """Whether the gradient may be reduced where it lies instead."""
 
 
 class GradientReduction:
@@ -70,6 +72,7 @@ class GradientReduction:
         self._order: list[str] = []
         self._planned = False
         self._moved: set[torch.nn.Parameter] = set()
+        self._in_place: set[torch.nn.Parameter] = set()
         self._places: dict[torch.nn.Parameter, _Place] = {}
         self._sparse: list[torch.nn.Parameter] = []
         self._reducers: list[Reducer] = []
@@ -100,6 +103,9 @@ class GradientReduction:
         """Move a gradient into its bucket; with no gradient the bucket gets zeros."""
         place, grad = self._places[p], p.grad
         view = place.view
+        if grad is not None and place.alone and grad.is_contiguous() and grad.dtype == view.dtype:
+            self._start_in_place(p, place, grad)
+            return
         if grad is None:
             view.zero_()
         elif grad.is_sparse:
@@ -112,6 +118,16 @@ class GradientReduction:
             p.grad = view
         self._moved.add(p)
         self._reducer_of(place).ready(place.bucket)
+
+    def _start_in_place(self, p: torch.nn.Parameter, place: _Place, grad: torch.Tensor) -> None:
+        """Let a gradient that has a bucket for itself be reduced where it lies."""
+        if self._options.predivide != 1.0:
+            grad.mul_(1.0 / self._options.predivide)
+        self._moved.add(p)
+        self._in_place.add(p)
+        flat = grad.view(-1)
+        memory = flat if flat.is_cuda else host_view(flat)
+        self._reducer_of(place).ready(place.bucket, memory)
 
     # --- at the end of backward -----------------------------------------------------
 
@@ -129,7 +145,8 @@ class GradientReduction:
         for reducer in self._reducers:
             reducer.finish()
         for p, place in self._places.items():
-            self._take_out(p, place.view)
+            if p not in self._in_place:
+                self._take_out(p, place.view)
         for p in self._sparse:
             self._finish_sparse(p)
         self.rearm()
@@ -151,6 +168,7 @@ class GradientReduction:
         """Begin a new step."""
         self._count = dict.fromkeys(self._count, 0)
         self._moved.clear()
+        self._in_place.clear()
 
     # --- the plan -------------------------------------------------------------------
 
@@ -201,7 +219,8 @@ class GradientReduction:
         views, place = reducer.views(), layout.place()
         for name, p in named:
             flat = views[name] if buffers is not None else torch_view(views[name])
-            self._places[p] = _Place(place[name][0], flat.view(p.shape))
+            bucket = place[name][0]
+            self._places[p] = _Place(bucket, flat.view(p.shape), reducer.takes_place_of(bucket))
         self._reducer_by_device[device] = reducer
 
     def _wire(self, p: torch.nn.Parameter) -> np.dtype[np.generic]:
