@@ -33,7 +33,7 @@ RECIPE := setup.cfg pyproject.toml Makefile
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint test-unit test-parallel coverage docs bench-allreduce bench-adapter bench-between-nodes \
+.PHONY: help demo test lint test-unit test-parallel coverage docs bench-allreduce bench-adapter bench-between-nodes bench-compress bench-throttled bench-convergence \
         venv horovod doctor clean distclean
 
 help:
@@ -46,6 +46,9 @@ help:
 	@echo 'make docs             run the examples in the docstrings'
 	@echo 'make bench-allreduce  one table: all-reduce against Horovod, mpi4py and gloo'
 	@echo 'make bench-between-nodes  all-reduce between hosts on shaped links (root)'
+	@echo 'make bench-compress   GB/s of the compression kernels against a copy'
+	@echo 'make bench-throttled  step time on hosts with slow links, compressed and not (root)'
+	@echo 'make bench-convergence  accuracy with compression against the dense control'
 	@echo 'make bench-adapter    images/s through hpc_dl.torch against horovod.torch'
 	@echo 'make horovod          build Horovod, unless a wheel that fits is cached'
 	@echo 'make doctor           what is installed, what works, what to repair'
@@ -116,6 +119,16 @@ bench-allreduce: horovod
 
 bench-between-nodes: .venv/stamp-all
 	$(PYTHON) benchmarks/between_nodes.py
+
+bench-compress: .venv/stamp-all
+	$(PYTHON) benchmarks/compress.py
+	$(PYTHON) benchmarks/compress.py --wire
+
+bench-throttled: horovod
+	$(PYTHON) benchmarks/throttled.py
+
+bench-convergence: .venv/stamp-all
+	$(PYTHON) benchmarks/convergence.py --picture docs/pictures/convergence.png
 
 bench-adapter: horovod
 	$(PYTHON) benchmarks/adapter.py

@@ -6,7 +6,7 @@ On any number of ranks, over any communicator, in PyTorch or Keras; see ``--help
 import click
 
 from hpc_dl import observe, world
-from hpc_dl.cli.job import JobCommand, JobOptions, adapter, job_options
+from hpc_dl.cli.job import JobCommand, JobOptions, adapter, job_options, momentum_beside
 from hpc_dl.data import digits
 from hpc_dl.training import Outcome, Plan, facts
 
@@ -26,10 +26,15 @@ def train_torch(options: JobOptions, plan: Plan, run: observe.Run) -> Outcome:
     torch.backends.cudnn.deterministic = True
     torch.manual_seed(options.seed)
     model = digits_cnn().to(device)
+    momentum = momentum_beside(options.compression, MOMENTUM)
     optimizer = torch.optim.SGD(
-        model.parameters(), options.lr * plan.size, momentum=MOMENTUM, nesterov=True
+        model.parameters(), options.lr * plan.size, momentum=momentum, nesterov=momentum > 0
     )
-    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+    optimizer = hvd.DistributedOptimizer(
+        optimizer,
+        named_parameters=model.named_parameters(),
+        compression=options.compression,
+    )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs * plan.steps)
@@ -54,9 +59,10 @@ def train_keras(options: JobOptions, plan: Plan, run: observe.Run) -> Outcome:
     cosine = keras.optimizers.schedules.CosineDecay(
         options.lr * plan.size, plan.epochs * plan.steps
     )
-    optimizer = keras.optimizers.SGD(cosine, momentum=MOMENTUM, nesterov=True)
+    momentum = momentum_beside(options.compression, MOMENTUM)
+    optimizer = keras.optimizers.SGD(cosine, momentum=momentum, nesterov=momentum > 0)
     model.compile(
-        optimizer=hvd.DistributedOptimizer(optimizer),
+        optimizer=hvd.DistributedOptimizer(optimizer, compression=options.compression),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -77,6 +83,7 @@ def main(**given: object) -> None:
       hpc-dl launch -n 2 jobs/digits.py                  two ranks
       mpirun -np 2 python jobs/digits.py --comm horovod  two ranks, over Horovod
       hpc-dl launch -n 2 jobs/digits.py --framework keras --epochs 5
+      hpc-dl launch -n 2 jobs/digits.py --compression powersgd:rank=4
       python -m hpc_dl.jobs.digits --run-dir /tmp/try    from an installed package
     """
     options = JobOptions(**given)  # type: ignore[arg-type]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import click
 
 from hpc_dl import observe, world
-from hpc_dl.cli.job import JobCommand, JobOptions, adapter, job_options
+from hpc_dl.cli.job import JobCommand, JobOptions, adapter, job_options, momentum_beside
 from hpc_dl.data import Images, image_folder, list_images, synthetic_images
 from hpc_dl.errors import OptionError
 from hpc_dl.training import Outcome, Plan, facts
@@ -86,8 +86,15 @@ def train_torch(
         {"params": matrices, "weight_decay": own.weight_decay},
         {"params": vectors},
     ]
-    optimizer = torch.optim.SGD(groups, common.lr * plan.size, momentum=MOMENTUM, nesterov=True)
-    optimizer = hvd.DistributedOptimizer(optimizer, named_parameters=model.named_parameters())
+    momentum = momentum_beside(common.compression, MOMENTUM)
+    optimizer = torch.optim.SGD(
+        groups, common.lr * plan.size, momentum=momentum, nesterov=momentum > 0
+    )
+    optimizer = hvd.DistributedOptimizer(
+        optimizer,
+        named_parameters=model.named_parameters(),
+        compression=common.compression,
+    )
     hvd.broadcast_parameters(model.state_dict(), root_rank=0)
     hvd.broadcast_optimizer_state(optimizer, root_rank=0)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
@@ -116,11 +123,12 @@ def train_keras(
     normal = keras.layers.BatchNormalization
     norm = hvd.SyncBatchNormalization if own.sync_batch_norm else normal
     model = resnet50(own.image_size, plan.train.classes, norm)
+    momentum = momentum_beside(common.compression, MOMENTUM)
     optimizer = SgdWithL2(
-        common.lr * plan.size, momentum=MOMENTUM, nesterov=True, l2=own.weight_decay
+        common.lr * plan.size, momentum=momentum, nesterov=momentum > 0, l2=own.weight_decay
     )
     model.compile(
-        optimizer=hvd.DistributedOptimizer(optimizer),
+        optimizer=hvd.DistributedOptimizer(optimizer, compression=common.compression),
         loss=SmoothedCrossentropy(own.label_smoothing),
         metrics=["accuracy"],
     )

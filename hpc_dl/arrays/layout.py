@@ -4,10 +4,12 @@ Gradients are reduced in buckets: few large transfers instead of many small ones
 (Li et al., "PyTorch Distributed", VLDB 2020, section 3.2.3).
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+_NO_KINDS: Mapping[str, Hashable] = {}
 
 #: Bytes to which offsets are aligned: one cache line, and any number type.
 ALIGNMENT = 64
@@ -78,6 +80,7 @@ def plan(
     parameters: Sequence[Parameter],
     capacity: int,
     groups: Sequence[Sequence[str]] = (),
+    kinds: Mapping[str, Hashable] = _NO_KINDS,
 ) -> Layout:
     """Cut parameters into buckets.
 
@@ -86,17 +89,18 @@ def plan(
         capacity: bytes after which a bucket is closed; a larger parameter has its own.
         groups: names that must travel together (and with nothing else); a group with
             several types becomes one bucket for each type.
+        kinds: by name, what parameters of a bucket must have in common beside their type.
 
     Returns:
         Buckets of one type each. The order is that of the last parameter of each bucket,
         so that a bucket is never in front of one that is ready sooner.
     """
     group_of = {name: number for number, group in enumerate(groups) for name in group}
-    open_buckets: dict[tuple[object, ...], list[int]] = {}
+    open_buckets: dict[Hashable, list[int]] = {}
     closed: list[list[int]] = []
     for index, parameter in enumerate(parameters):
         group = group_of.get(parameter.name)
-        key = (parameter.dtype.str, parameter.dtype.name, group)
+        key = (parameter.dtype.str, parameter.dtype.name, group, kinds.get(parameter.name))
         members = open_buckets.setdefault(key, [])
         filled = sum(parameters[i].nbytes for i in members)
         if members and group is None and filled + parameter.nbytes > capacity:

@@ -10,9 +10,11 @@ from hpc_dl.errors import HpcDlError, OptionError
 
 #: Sub-command -> (module, what --help says). A module is imported when its command is used.
 _COMMANDS = {
+    "compress": ("hpc_dl.cli.compress", "Show the gradient compressors that there are."),
     "doctor": ("hpc_dl.cli.doctor", "Show what is installed, what works, and what to repair."),
     "horovod": ("hpc_dl.cli.horovod", "Build Horovod for this environment, or show its state."),
     "launch": ("hpc_dl.cli.launch", "Run a Python script on several ranks of this machine."),
+    "plan": ("hpc_dl.cli.plan", "Predict what compression would gain on some cluster."),
 }
 
 
@@ -52,4 +54,5 @@ def main() -> None:
       hpc-dl doctor                      is everything there, and does it work?
       hpc-dl launch -n 2 train.py        run a script on two ranks
       hpc-dl horovod build               compile Horovod for this environment
+      hpc-dl compress list               how gradients can be compressed
     """

@@ -12,6 +12,7 @@ import click
 
 from hpc_dl.comm.abort import end_job
 from hpc_dl.comm.launched import find_launcher
+from hpc_dl.compress import policy_of
 from hpc_dl.errors import (
     DataError,
     LaunchError,
@@ -59,6 +60,7 @@ class JobOptions(NamedTuple):
     lr: float
     seed: int
     comm: str
+    compression: str
     run_dir: Path | None
 
 
@@ -109,6 +111,13 @@ def job_options(epochs: int, batch_size: int, lr: float) -> Callable[[Any], Any]
             help="How the ranks talk; with options as mpi:cuda=stage.",
         ),
         click.option(
+            "--compression",
+            default="none",
+            show_default=True,
+            metavar="none|fp16|topk:ratio=0.01|auto|...",
+            help="How gradients travel; `hpc-dl compress list` shows all.",
+        ),
+        click.option(
             "--run-dir",
             type=click.Path(path_type=Path),
             help="Where to write results; else runs/JOB-DATE-TIME.",
@@ -140,6 +149,11 @@ def adapter(framework: str) -> ModuleType:
             f"`pip install 'hpc_dl[{extra}]'`"
         ) from error
     return importlib.import_module(f"hpc_dl.{framework}")
+
+
+def momentum_beside(compression: str, momentum: float) -> float:
+    """Return the optimizer's momentum: none where compression takes it before it sends."""
+    return 0.0 if policy_of(compression).takes_momentum else momentum
 
 
 def _positive(ctx: click.Context, parameter: click.Parameter, value: float) -> float:

@@ -60,9 +60,7 @@ class HorovodCommunicator(BaseCommunicator):
         if self._whole:
             self.local_rank, self.local_size = self.hvd.local_rank(), self.hvd.local_size()
             self.cross_rank, self.cross_size = self.hvd.cross_rank(), self.hvd.cross_size()
-        # Starts from the caller's thread and those from the queue are counted apart, so
-        # that the names are the same on all ranks whatever the threads do.
-        self._started, self._queued, self._splits, self._joins = 0, 0, 0, 0
+        self._started, self._splits, self._joins = 0, 0, 0
         if self._whole:
             sizes = self._exchange(np.array([self.local_size], np.int64))
             self.homogeneous = bool(sizes.min() == sizes.max())
@@ -73,8 +71,9 @@ class HorovodCommunicator(BaseCommunicator):
         return self._group
 
     def _name(self, what: str) -> str:
-        self._queued += 1
-        return f"hpc_dl.{self._label}.{what}.{self._queued}"
+        # Calls in the queue come one after the other, so they can share a name, by which
+        # Horovod and TensorFlow find again what they have prepared for it.
+        return f"hpc_dl.{self._label}.{what}"
 
     def _resolve(self, x: Any, op: Op, scale: float, what: str) -> tuple[Op, float]:
         if op is Op.ADASUM and (not self._whole or self.size & (self.size - 1)):
@@ -106,16 +105,22 @@ class HorovodCommunicator(BaseCommunicator):
         self, x: Array, op: Op = Op.SUM, scale: float = 1.0, name: str | None = None
     ) -> Array:
         """Combine ``x`` over all ranks, in place, and return it."""
+        if not self._is_native(x):
+            return super().allreduce(x, op, scale, name)  # which may run in the queue already
         self.allreduce_async(x, op, scale, name).wait()
         return x
+
+    def _is_native(self, x: Any) -> bool:
+        """Tell whether Horovod itself can reduce ``x``."""
+        native = is_device_tensor(x) or x.dtype.name in self._binding.reducible
+        return bool(native and np.prod(x.shape) != 0)
 
     def persistent_allreduce(
         self, x: Array, op: Op = Op.SUM, scale: float = 1.0, name: str | None = None
     ) -> Callable[[], Work]:
         """Return a function that starts ``allreduce`` in Horovod's own background thread."""
         resolved, factor = self._resolve(x, Op(op), scale, "allreduce")
-        native = is_device_tensor(x) or x.dtype.name in self._binding.reducible
-        if not native or np.prod(x.shape) == 0:
+        if not self._is_native(x):
             return super().persistent_allreduce(x, op, scale)
         flat = x if is_device_tensor(x) else self._flat(x, "allreduce")
         if name is None:
@@ -202,10 +207,10 @@ class HorovodCommunicator(BaseCommunicator):
         last = self._binding.join()
         # Ranks have made different numbers of calls, and the numbers are in the names.
         self._joins += 1
-        counts = np.array([[self._started, self._queued]], np.int64).view(np.uint8)
+        counts = np.array([[self._started]], np.int64).view(np.uint8)
         name = f"hpc_dl.{self._label}.joined.{self._joins}"
         table = self._binding.allgather(counts, name, self._group).view(np.int64)
-        self._started, self._queued = (int(n) for n in table.max(axis=0))
+        self._started = int(table.max())
         return last
 
     def split(self, color: int | None, key: int = 0) -> "HorovodCommunicator | None":

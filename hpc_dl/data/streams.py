@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     ORDER = 0
     AUGMENT = 1
     SYNTHETIC = 2
+    WINDOWS = 3
 
 
 def stream(purpose: Purpose, seed: int, epoch: int = 0, index: int = 0) -> np.random.Philox:

@@ -19,6 +19,7 @@ from hpc_dl.keras.collectives import (
     reducescatter,
 )
 from hpc_dl.keras.models import load_model
+from hpc_dl.keras.onebit import OneBitAdam, OneBitLamb
 from hpc_dl.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hpc_dl.keras.sync_batch_norm import SyncBatchNormalization
 from hpc_dl.world import (
@@ -66,6 +67,8 @@ __all__ = [
     "DistributedOptimizer",
     "Max",
     "Min",
+    "OneBitAdam",
+    "OneBitLamb",
     "PartialDistributedOptimizer",
     "ProcessSet",
     "Product",

@@ -48,8 +48,17 @@ def reduction(group: Group, options: GradientOptions, label: str) -> Any:
 
 
 def compressor(compression: Any) -> Any:
-    """Accept a compressor of this backend, or the name of one."""
-    return importlib.import_module(f"hpc_dl.{NAME}.compression").resolve(compression)
+    """Read what the user gives as ``compression`` of gradients."""
+    return importlib.import_module(f"hpc_dl.{NAME}.compression").of_gradients(compression)
+
+
+def is_sparse(gradient: Any) -> bool:
+    """Tell whether a gradient holds some rows only."""
+    if NAME == "torch":
+        return bool(gradient is not None and gradient.is_sparse)
+    import tensorflow as tf
+
+    return isinstance(gradient, tf.IndexedSlices)
 
 
 def dense(gradient: Any) -> Any:

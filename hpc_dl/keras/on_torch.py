@@ -7,8 +7,10 @@ import numpy as np
 import torch
 
 from hpc_dl.arrays import Layout, Parameter, host_view, torch_view
+from hpc_dl.compress import Policy
 from hpc_dl.reduce import Traffic
-from hpc_dl.torch.compression import resolve
+from hpc_dl.reduce.build import DENSE
+from hpc_dl.torch.compression import NoneCompressor
 from hpc_dl.world import Group
 from hpc_dl.world.reducers import Gradient, GradientOptions, Place, Reducers, group_names
 from hpc_dl.world.replicas import ReplicaWatch
@@ -24,18 +26,26 @@ class GradientReduction:
             label: says whose gradients they are, in error messages.
         """
         self._options = options
-        self._compressor = resolve(options.compression)
-        self._reducers = Reducers(group, label, options.op, options.predivide)
+        given = options.compression
+        self._policy = given if isinstance(given, Policy) else DENSE
+        self._compressor = NoneCompressor if isinstance(given, Policy) else given
+        self.reducers = Reducers(group, label, options.op, options.predivide, self._policy)
 
-    def __call__(self, gradients: Sequence[Gradient], watch: ReplicaWatch) -> list[Any]:
+    def __call__(
+        self, gradients: Sequence[Gradient], watch: ReplicaWatch, number: Any = None
+    ) -> list[Any]:
         """Return the combined gradients, None where there was none.
 
         They lie in the buckets, where the next step overwrites them.
+
+        Args:
+            number: of the optimizer's step, where it must be that of the compression.
 
         Raises:
             MismatchError: on all ranks, if they reduce different gradients.
             ReplicaDivergenceError: on all ranks, if their variables differ.
         """
+        self.reducers.count(None if number is None else int(number))
         results: dict[str, Any] = {}
         present = [g for g in gradients if g.value is not None]
         for device in dict.fromkeys(g.value.device for g in present):
@@ -46,7 +56,7 @@ class GradientReduction:
 
     def traffic(self) -> Traffic:
         """Return steps, bytes sent and seconds waited so far."""
-        return self._reducers.traffic()
+        return self.reducers.traffic()
 
     def _reduce(
         self, gradients: Sequence[Gradient], device: torch.device, results: dict[str, Any]
@@ -59,17 +69,19 @@ class GradientReduction:
             Parameter(name, tuple(t.shape), host_view(t.new_empty(0, device="cpu")).dtype)
             for name, t in zip(names, sent, strict=True)
         )
-        on_host = device.type == "cpu"
-        reducer, places = self._reducers.find(
+        # Compressors work on the host.
+        on_host = device.type == "cpu" or self._policy.lossy
+        reducer, places = self.reducers.find(
             parameters, groups, str(device), None if on_host else lambda x: _buffers(x, device)
         )
         for tensor, place in zip(sent, places, strict=True):
             _view(place).copy_(tensor.reshape(-1))
             reducer.ready(place.bucket)
-        reducer.finish()
+        self.reducers.finish(reducer)
         for name, tensor, place, (_, context) in zip(names, sent, places, pairs, strict=True):
             combined = _view(place).view(tensor.shape)
-            results[name] = self._compressor.decompress(combined, context)
+            own = combined.to(tensor.device, tensor.dtype)
+            results[name] = self._compressor.decompress(own, context)
 
     def _prepared(self, gradient: torch.Tensor) -> torch.Tensor:
         tensor = gradient.detach()

@@ -14,12 +14,23 @@ from typing import Any, NamedTuple
 import keras
 
 from hpc_dl.comm import Op
+from hpc_dl.compress import pairs
 from hpc_dl.errors import OptionError, UnsupportedError
 from hpc_dl.keras.accumulation import Accumulator
-from hpc_dl.keras.backend import adapter, compressor, is_traced, reduction
-from hpc_dl.reduce import Traffic
+from hpc_dl.keras.backend import (
+    adapter,
+    compressor,
+    is_sparse,
+    is_traced,
+    outside_graph,
+    reduction,
+)
+from hpc_dl.keras.onebit import SharedMomentum
+from hpc_dl.keras.saved_names import renamed
+from hpc_dl.reduce import Saved, Traffic
 from hpc_dl.world import Group, ProcessSet, global_process_set
 from hpc_dl.world.local import LocalVariables, local_weights
+from hpc_dl.world.pairing import check_shared, fitting
 from hpc_dl.world.reducers import Gradient, GradientOptions, gradient_options, unique
 from hpc_dl.world.replicas import ReplicaWatch
 
@@ -29,6 +40,18 @@ class Passes(NamedTuple):
 
     number: int
     average: bool
+
+
+#: What a distributed optimizer has beside its own attributes.
+_ADDED = (
+    "apply",
+    "register_local_var",
+    "traffic",
+    "compression_state",
+    "load_compression_state",
+    "report_loss",
+    "distribution",
+)
 
 
 class Distribution:
@@ -43,17 +66,23 @@ class Distribution:
         label: str,
     ):
         """Wrap ``optimizer.apply``."""
+        _check_momentum(optimizer)
         self._optimizer, self._options, self._passes = optimizer, options, passes
         self._local, self._label = local, label
         self._own_apply = optimizer.apply
         self._accumulator: Accumulator | None = None
         self._reduction: Any = None
+        self._saved: Saved = {}
+        self._names: list[str] = []
         self._watch: ReplicaWatch | None = None
         self._group: Group | None = None
         self._caller_is_known = False
         optimizer.apply = self.apply
         optimizer.register_local_var = local.add
         optimizer.traffic = self.traffic
+        optimizer.compression_state = self.compression_state
+        optimizer.load_compression_state = self.load_compression_state
+        optimizer.report_loss = self.report_loss
         optimizer.distribution = self
 
     def apply(self, grads: Sequence[Any], trainable_variables: Iterable[Any] | None = None) -> None:
@@ -91,7 +120,7 @@ class Distribution:
 
     def move_to(self, optimizer: Any) -> "Distribution":
         """Stop wrapping this optimizer and wrap another one alike."""
-        for name in ("apply", "register_local_var", "traffic", "distribution"):
+        for name in _ADDED:
             delattr(self._optimizer, name)
         return Distribution(optimizer, self._options, self._passes, self._local, self._label)
 
@@ -101,6 +130,28 @@ class Distribution:
             return Traffic(0, 0, 0.0)
         done: Traffic = self._reduction.traffic()
         return done
+
+    def compression_state(self) -> Saved:
+        """Return what compression keeps between steps on this rank, by variable.
+
+        Of a world of another size, give ``load_compression_state`` what
+        ``hpc_dl.reduce.reshard`` makes of all ranks' states.
+        """
+        if self._reduction is None:
+            return self._saved
+        saved: Saved = self._reduction.reducers.compression_state()
+        return saved
+
+    def load_compression_state(self, saved: Saved) -> None:
+        """Take up what ``compression_state`` returned."""
+        self._saved = saved
+        if self._reduction is not None:
+            self._reduction.reducers.load_compression_state(renamed(saved, self._names))
+
+    def report_loss(self, loss: float) -> None:
+        """Let the guard of compression see this rank's loss; it suspends on a jump."""
+        if self._reduction is not None:
+            self._reduction.reducers.report_loss(float(loss))
 
     # --- one step -------------------------------------------------------------------
 
@@ -117,20 +168,47 @@ class Distribution:
             if g.value is not None
         }
         shared = [g for g in flat if g.source not in local]
+        momentum = self._optimizer if isinstance(self._optimizer, SharedMomentum) else None
+        if momentum is not None:
+            self._check_dense(shared)
         if shared and process_set.included() and process_set.size() > 1:
-            self._begin(process_set.group())
-            reduced = self._reduction(shared, self._watch)
+            self._begin(process_set.group(), momentum, shared)
+            number = None if momentum is None else momentum.iterations
+            reduced = self._reduction(shared, self._watch, number)
             results.update(zip([g.name for g in shared], reduced, strict=True))
         return [results.get(name) for name in names]
 
-    def _begin(self, group: Group) -> None:
+    def _begin(
+        self, group: Group, momentum: SharedMomentum | None, shared: Sequence[Gradient]
+    ) -> None:
         """Set up for the running world, once."""
+        if momentum is not None:
+            momentum.receive_momentum([g.source for g in shared])
         if self._group is not group:
             self._group = group
             self._reduction = reduction(group, self._options, self._label)
+            self._names = [g.name for g in shared]
+            saved = renamed(self._saved, self._names)
+            if momentum is not None and not saved:
+                with outside_graph():
+                    momenta = momentum.momenta([g.source for g in shared])
+                # Where compression has no state, it goes on from the optimizer's.
+                saved = {
+                    g.name: {"shared": m.astype("float32").reshape(-1)}
+                    for g, m in zip(shared, momenta, strict=False)
+                }
+            self._reduction.reducers.load_compression_state(saved)
             self._watch = ReplicaWatch(group, self._options.guard)
 
     # --- checks ---------------------------------------------------------------------
+
+    def _check_dense(self, gradients: Sequence[Gradient]) -> None:
+        sparse = next((g.name for g in gradients if is_sparse(g.value)), None)
+        if sparse is not None and not self._options.sparse_as_dense:
+            raise UnsupportedError(
+                f"{type(self._optimizer).__name__} got a sparse gradient ({sparse!r}), whose "
+                "momentum is dense all the same; give DistributedOptimizer sparse_as_dense=True"
+            )
 
     def _own_check(self, gradients: Sequence[Any]) -> None:
         optimizer = self._optimizer
@@ -191,8 +269,10 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         optimizer: a Keras 3 optimizer. It is changed, and keeps its state.
         name: says whose gradients they are, in error messages.
         device_dense: accepted for Horovod's sake, like ``device_sparse``.
-        compression: Compression.none, .fp16 or .bf16 (also by name), or a class with
-            ``compress`` and ``decompress``.
+        compression: how gradients travel: a name such as ``"fp16"`` or ``"topk:ratio=0.01"``
+            (``hpc-dl compress list`` shows all), a mapping, an object of ``hpc_dl.compress``,
+            a list of rules (pattern, compression); or a class with ``compress`` and
+            ``decompress`` as Horovod has them.
         sparse_as_dense: reduce sparse gradients (of embeddings) as dense ones instead of
             gathering rows.
         gradient_predivide_factor: with Average, divide by this before the sum and by the
@@ -238,6 +318,13 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             "op=Adasum is not available for Keras optimizers (nor is it in Horovod); valid: "
             "average, sum, min, max, product. DistributedGradientTape takes it over Horovod"
         )
+    if isinstance(optimizer, SharedMomentum):
+        check_shared(
+            type(optimizer).__name__, options.compression, options.op, gradient_predivide_factor
+        )
+        options = options._replace(compression=optimizer.policy())
+    compression = fitting(_described(optimizer), options.compression)
+    options = options._replace(compression=compression)
     process_set.included()  # fails here and now if init() is missing
     passes = Passes(backward_passes_per_step, average_aggregated_gradients)
     local = LocalVariables(process_set, scale_local_gradients)
@@ -270,6 +357,35 @@ def PartialDistributedOptimizer(  # noqa: N802  (Horovod's name)
 def is_distributed(optimizer: Any) -> bool:
     """Tell whether an optimizer combines gradients over the ranks."""
     return isinstance(getattr(optimizer, "distribution", None), Distribution)
+
+
+def _described(optimizer: Any) -> pairs.Optimizer:
+    """Say of an optimizer what a compression must fit."""
+    inner = getattr(optimizer, "inner_optimizer", optimizer)
+    kinds = type(inner).__mro__
+    shares = isinstance(inner, SharedMomentum)
+    return pairs.Optimizer(
+        type(inner).__name__,
+        pairs.family_of(kind.__name__ for kind in kinds),
+        float(getattr(inner, "momentum", 0) or 0),
+        inner.beta_1 if shares else 0.0,
+    )
+
+
+def _check_momentum(optimizer: Any) -> None:
+    """Refuse what would come between the steps of the reduction and of the optimizer."""
+    inner = getattr(optimizer, "inner_optimizer", None)
+    if isinstance(inner, SharedMomentum):
+        raise OptionError(
+            f"{type(inner).__name__} in a LossScaleOptimizer: the momentum that the ranks share "
+            "would change with the scale; use the policy mixed_bfloat16, which needs none"
+        )
+    if isinstance(optimizer, SharedMomentum) and optimizer.gradient_accumulation_steps:
+        raise OptionError(
+            f"{type(optimizer).__name__} with gradient_accumulation_steps="
+            f"{optimizer.gradient_accumulation_steps} would accumulate momentum; give "
+            "DistributedOptimizer backward_passes_per_step instead"
+        )
 
 
 def _check_optimizer(optimizer: Any) -> None:

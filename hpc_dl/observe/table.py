@@ -36,7 +36,9 @@ def _rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     if summary.get("images_per_second") is not None:
         found.append(("speed", f"{summary['images_per_second']:,.1f} images/s"))
     if "bytes_sent" in summary:
-        found.append(("sent by each rank", f"{summary['bytes_sent'] / 1e6:,.1f} MB of gradients"))
+        sent, dense = summary["bytes_sent"], summary.get("bytes_dense", 0)
+        less = f", {dense / sent:.1f} times less than float32" if 0 < sent < dense else ""
+        found.append(("sent by each rank", f"{sent / 1e6:,.1f} MB of gradients{less}"))
     if "weights_digest" in summary:
         found.append(("weights", str(summary["weights_digest"])[:16]))
     return found

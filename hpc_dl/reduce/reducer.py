@@ -6,11 +6,12 @@ ready, so ranks can never wait for each other in different buckets.
 
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hpc_dl.arrays import Layout
 from hpc_dl.comm import Communicator, Op, Work
+from hpc_dl.reduce.compression import BucketCompression, Saved
 from hpc_dl.reduce.traffic import Traffic, bytes_of_allreduce
 
 #: Below this many bytes in all there is nothing to overlap: one reduction at the end of
@@ -30,6 +31,8 @@ class Reducer:
         buffers: Sequence[Any] | None = None,
         agree: Callable[[], object] | None = None,
         name: str | None = None,
+        compression: BucketCompression | None = None,
+        dense_bytes: int | None = None,
     ):
         """Allocate the buckets; all ranks call this alike.
 
@@ -43,6 +46,9 @@ class Reducer:
             agree: called before each bucket, in the order of the collectives: where ranks
                 make sure that all are about to reduce it.
             name: the same on all ranks; by which Horovod knows the buckets again.
+            compression: averages the buckets that it covers.
+            dense_bytes: of the gradients in their own types, for the record; by default those
+                of the buckets.
         """
         self.layout = layout
         self.buffers: list[Any] = (
@@ -54,6 +60,8 @@ class Reducer:
             else list(buffers)
         )
         self._comm, self._op, self._scale, self._agree = comm, op, scale, agree
+        self.compression = compression
+        self._dense_bytes = layout.nbytes if dense_bytes is None else dense_bytes
         count = len(self.buffers)
         self._names = [None if name is None else f"{name}.{i}" for i in range(count)]
         self._starts = [self._start_of(bucket) for bucket in range(count)]
@@ -80,7 +88,8 @@ class Reducer:
 
         Horovod copies what it fuses, so another copy into a bucket gains nothing.
         """
-        return self._comm.negotiates and len(self.layout.buckets[bucket].parameters) == 1
+        alone = len(self.layout.buckets[bucket].parameters) == 1
+        return self._comm.negotiates and alone and not self._is_compressed(bucket)
 
     def ready(self, bucket: int, instead: Any = None) -> None:
         """Say that one more gradient of ``bucket`` is in its place; start what can start.
@@ -108,7 +117,6 @@ class Reducer:
             self._rearm()
         self._waited += time.perf_counter() - begin
         self._steps += 1
-        self._bytes += bytes_of_allreduce(self.layout.nbytes, self._comm.size)
 
     def _finish(self) -> None:
         if not self._overlap:
@@ -128,18 +136,25 @@ class Reducer:
 
     def serve(self) -> None:
         """Reduce one bucket, in turn, with zeros, after ``agree``: for a rank that has joined."""
-        buffer = self.buffers[self._served]
-        self._served = (self._served + 1) % len(self.buffers)
-        buffer[:] = 0
-        self._comm.allreduce(buffer, self._op, self._scale)
+        bucket = self._served
+        self._served = (bucket + 1) % len(self.buffers)
+        self.buffers[bucket][:] = 0
+        self._combine(bucket)
 
     def traffic(self) -> Traffic:
         """Return steps, bytes sent and seconds waited so far."""
-        return Traffic(self._steps, self._bytes, self._waited)
+        buckets = enumerate(self.layout.buckets)
+        plain = sum(bucket.nbytes for i, bucket in buckets if not self._is_compressed(i))
+        sent = self._bytes + self._steps * bytes_of_allreduce(plain, self._comm.size)
+        dense = bytes_of_allreduce(self._dense_bytes, self._comm.size)
+        return Traffic(self._steps, sent, self._waited, self._steps * dense)
+
+    def _is_compressed(self, bucket: int) -> bool:
+        return self.compression is not None and self.compression.covers(bucket)
 
     def _start_of(self, bucket: int) -> Callable[[], Work]:
         """Return the function that starts a bucket's reduction."""
-        if self._comm.negotiates:
+        if self._comm.negotiates and not self._is_compressed(bucket):
             # Its calls agree by themselves, and run in a thread of its own.
             buffer = self.buffers[bucket]
             name = self._names[bucket]
@@ -162,12 +177,42 @@ class Reducer:
         try:
             if self._agree is not None:
                 self._agree()
-            self._comm.allreduce(self.buffers[bucket], self._op, self._scale)
+            self._combine(bucket)
         except BaseException as error:
             self._error = error
             raise
+
+    def _combine(self, bucket: int) -> None:
+        buffer = self.buffers[bucket]
+        if self.compression is not None and self.compression.covers(bucket):
+            self._bytes += self.compression.run(bucket, buffer)
+        else:
+            self._comm.allreduce(buffer, self._op, self._scale)
 
     def _rearm(self) -> None:
         self._missing = [len(bucket.parameters) for bucket in self.layout.buckets]
         self._next, self._works, self._error = 0, [], None
         self._instead = {}
+
+
+def state_of(reducers: Iterable[Reducer]) -> Saved:
+    """Return what compression keeps between steps, by parameter."""
+    saved: Saved = {}
+    for reducer in reducers:
+        if reducer.compression is not None:
+            saved |= reducer.compression.state_dict()
+    return saved
+
+
+def load_state(reducers: Iterable[Reducer], saved: Saved) -> None:
+    """Take up what ``state_of`` returned."""
+    for reducer in reducers:
+        if reducer.compression is not None:
+            reducer.compression.load_state_dict(saved)
+
+
+def report_loss(reducers: Iterable[Reducer], loss: float) -> None:
+    """Let the guard of compression see this rank's loss."""
+    for reducer in reducers:
+        if reducer.compression is not None:
+            reducer.compression.report_loss(loss)

@@ -9,9 +9,11 @@ class Traffic(NamedTuple):
 
     steps: int
     bytes_sent: int
-    """Bytes this rank put on the wire: 2 (n - 1) / n of the buckets in each step."""
+    """Bytes this rank put on the wire: 2 (n - 1) / n of a bucket, or what compression sent."""
     wait_seconds: float
     """Seconds in which the training thread waited for reductions."""
+    bytes_dense: int = 0
+    """Bytes that all-reduce of the same gradients without compression would have sent."""
 
 
 def total(parts: Iterable[Traffic]) -> Traffic:
@@ -21,6 +23,7 @@ def total(parts: Iterable[Traffic]) -> Traffic:
         max(part.steps for part in listed),
         sum(part.bytes_sent for part in listed),
         sum(part.wait_seconds for part in listed),
+        sum(part.bytes_dense for part in listed),
     )
 
 

@@ -8,7 +8,9 @@ from typing import Any, ClassVar
 
 import tensorflow as tf
 
+from hpc_dl.compress import Policy
 from hpc_dl.errors import OptionError
+from hpc_dl.world.reducers import gradient_compression
 
 
 class Compressor:
@@ -70,4 +72,29 @@ def resolve(compression: Any) -> Any:
             f"compression={compression!r}: give Compression.none, .fp16 or .bf16, or a class with "
             "compress(tensor) and decompress(tensor, ctx)"
         )
+    return compression
+
+
+_CASTS = {"none": NoneCompressor, "fp16": FP16Compressor, "bf16": BF16Compressor}
+
+
+def of_gradients(compression: Any) -> Any:
+    """Read what the user gives an optimizer or a tape as ``compression``.
+
+    Returns:
+        A ``Policy``, or a class of the user's own with Horovod's interface.
+
+    Raises:
+        OptionError: neither; the message lists the names.
+    """
+    return gradient_compression(compression, {kind: name for name, kind in _CASTS.items()})
+
+
+def in_graph(compression: Any) -> Any:
+    """Return the class that casts in the graph what ``of_gradients`` returned.
+
+    Compressors that do more work on the host, and nothing is cast before.
+    """
+    if isinstance(compression, Policy):
+        return _CASTS.get(compression.cast or "none")
     return compression

@@ -13,12 +13,13 @@ import tensorflow as tf
 from hpc_dl.arrays import Parameter
 from hpc_dl.comm.protocol import Array
 from hpc_dl.reduce import Traffic
+from hpc_dl.reduce.build import DENSE
 from hpc_dl.reduce.traffic import bytes_of_allreduce
 from hpc_dl.tensorflow import host, native
 from hpc_dl.tensorflow.allreduce import allreduce_dense, allreduce_slices
-from hpc_dl.tensorflow.compression import resolve
+from hpc_dl.tensorflow.compression import in_graph
 from hpc_dl.world import Group
-from hpc_dl.world.reducers import Gradient, GradientOptions, Reducers, group_names
+from hpc_dl.world.reducers import Gradient, GradientOptions, Reducers, group_names, on_host
 from hpc_dl.world.replicas import ReplicaWatch
 
 
@@ -32,17 +33,22 @@ class GradientReduction:
             label: says whose gradients they are, in error messages.
         """
         self.group, self._options = group, options
-        self._compressor = resolve(options.compression)
-        self._reducers = Reducers(group, label, options.op, options.predivide)
-        self._steps, self._bytes = 0, 0
+        self._compressor = in_graph(options.compression)
+        policy = on_host(options.compression)
+        self._compresses = policy is not DENSE
+        self.reducers = Reducers(group, label, options.op, options.predivide, policy)
+        self._steps, self._bytes, self._bytes_dense = 0, 0, 0
 
-    def __call__(self, gradients: Sequence[Gradient], watch: ReplicaWatch) -> list[Any]:
+    def __call__(
+        self, gradients: Sequence[Gradient], watch: ReplicaWatch, number: Any = None
+    ) -> list[Any]:
         """Return the combined gradients, None where there was none.
 
         Args:
             gradients: with unique names, the same on all ranks.
             watch: counts the steps of these variables; the guard compares them when it is
                 due.
+            number: of the optimizer's step, where it must be that of the compression.
 
         Raises:
             MismatchError: on all ranks, if they reduce different gradients.
@@ -56,12 +62,12 @@ class GradientReduction:
         present = [g for g in gradients if g.value is not None]
         sparse = [g for g in present if isinstance(g.value, tf.IndexedSlices)]
         dense = [g for g in present if not isinstance(g.value, tf.IndexedSlices)]
-        results, due = self._reduce_dense(dense, watch)
+        results, due = self._reduce_dense(dense, watch, number)
         if sparse:
             slices = allreduce_slices(
                 [g.value for g in sparse],
                 self._options.op,
-                f"{self._reducers.label}.{sparse[0].name}",
+                f"{self.reducers.label}.{sparse[0].name}",
                 self._options.process_set,
             )
             results.update(zip([g.name for g in sparse], slices, strict=True))
@@ -75,11 +81,12 @@ class GradientReduction:
 
         The seconds are those spent on the host; Horovod's own operations wait in the graph.
         """
-        reduced = self._reducers.traffic()
+        reduced = self.reducers.traffic()
         return Traffic(
             max(self._steps, reduced.steps),
             self._bytes + reduced.bytes_sent,
             reduced.wait_seconds,
+            self._bytes_dense,
         )
 
     def _count_rows(self, slices: Sequence[Any]) -> None:
@@ -87,35 +94,38 @@ class GradientReduction:
         widths = [s.values.dtype.size for s in slices] + [s.indices.dtype.size for s in slices]
         others = self.group.comm.size - 1
 
-        def on_host(*counts: Array) -> list[Array]:
+        def count(*counts: Array) -> list[Array]:
             self._bytes += others * sum(int(n) * w for n, w in zip(counts, widths, strict=True))
             return []
 
         parts = [s.values for s in slices] + [s.indices for s in slices]
-        host.call(on_host, [tf.size(part) for part in parts], [], [])
+        host.call(count, [tf.size(part) for part in parts], [], [])
 
     def _reduce_dense(
-        self, dense: Sequence[Gradient], watch: ReplicaWatch
+        self, dense: Sequence[Gradient], watch: ReplicaWatch, number: Any
     ) -> tuple[dict[str, Any], Any]:
         """Return combined gradients by name, and whether the guard is due."""
         options = self._options
         scaled = [g.value if options.predivide == 1 else g.value / options.predivide for g in dense]
         pairs = [self._compressor.compress(tf.convert_to_tensor(value)) for value in scaled]
         sent = [g._replace(value=tensor) for g, (tensor, _) in zip(dense, pairs, strict=True)]
+        own = sum(_nbytes(g.source) for g in dense if hasattr(g.source, "assign"))
         # Sources that are tensors may have other shapes in each step; buckets are for variables.
         variables = [i for i, g in enumerate(sent) if hasattr(g.source, "assign")]
         others = [i for i in range(len(sent)) if i not in variables]
         reduced: list[Any] = [None] * len(sent)
         tensors = [sent[i].value for i in variables]
-        if native.serves(self.group.comm, tensors, options.op, options.predivide):
-            combined, due = self._reduce_natively([sent[i] for i in variables], watch)
+        if not self._compresses and native.serves(
+            self.group.comm, tensors, options.op, options.predivide
+        ):
+            combined, due = self._reduce_natively([sent[i] for i in variables], watch, own)
         else:
-            combined, due = self._reduce_on_host([sent[i] for i in variables], watch)
+            combined, due = self._reduce_on_host([sent[i] for i in variables], watch, own, number)
         combined += allreduce_dense(
             [sent[i].value for i in others],
             options.op,
             options.predivide,
-            f"{self._reducers.label}.tensors",
+            f"{self.reducers.label}.tensors",
             options.process_set,
         )
         for i, tensor in zip([*variables, *others], combined, strict=True):
@@ -127,35 +137,40 @@ class GradientReduction:
         return results, due
 
     def _reduce_on_host(
-        self, sent: Sequence[Gradient], watch: ReplicaWatch
+        self, sent: Sequence[Gradient], watch: ReplicaWatch, own_bytes: int, number: Any
     ) -> tuple[list[Any], Any]:
         names = [g.name for g in sent]
         groups = group_names(self._options.groups, names, [g.source for g in sent])
 
-        def on_host(*arrays: Array) -> list[Array]:
+        counted = [] if number is None else [tf.convert_to_tensor(number)]
+
+        def exchange(*given: Array) -> list[Array]:
+            arrays = given[len(counted) :]
+            self.reducers.count(int(given[0]) if counted else None)
             parameters = tuple(
                 Parameter(name, tuple(array.shape), array.dtype)
                 for name, array in zip(names, arrays, strict=True)
             )
-            reducer, places = self._reducers.find(parameters, groups)
+            self._bytes_dense += bytes_of_allreduce(own_bytes, self.group.comm.size)
+            reducer, places = self.reducers.find(parameters, groups)
             for array, place in zip(arrays, places, strict=True):
-                np.copyto(place.view, array.reshape(-1))
+                np.copyto(place.view, array.reshape(-1), casting="unsafe")
                 reducer.ready(place.bucket)
-            reducer.finish()
+            self.reducers.finish(reducer)
             # Copies: TensorFlow may keep a result for as long as it likes.
             results = [
-                place.view.copy().reshape(array.shape)
+                place.view.astype(array.dtype).reshape(array.shape)
                 for array, place in zip(arrays, places, strict=True)
             ]
             return [*results, np.asarray(watch.due())]
 
         tensors = [g.value for g in sent]
         types, shapes = [t.dtype for t in tensors], [t.shape for t in tensors]
-        *reduced, due = host.call(on_host, tensors, [*types, tf.bool], [*shapes, []])
+        *reduced, due = host.call(exchange, [*counted, *tensors], [*types, tf.bool], [*shapes, []])
         return reduced, due
 
     def _reduce_natively(
-        self, sent: Sequence[Gradient], watch: ReplicaWatch
+        self, sent: Sequence[Gradient], watch: ReplicaWatch, own_bytes: int
     ) -> tuple[list[Any], Any]:
         parameters = tuple(
             Parameter(g.name, tuple(g.value.shape), np.dtype(g.value.dtype.as_numpy_dtype))
@@ -164,18 +179,24 @@ class GradientReduction:
 
         nbytes = sum(p.nbytes for p in parameters)
 
-        def on_host() -> list[Array]:
-            self._reducers.agree_once(parameters)
+        def begin() -> list[Array]:
+            self.reducers.agree_once(parameters)
             self._steps += 1
+            self._bytes_dense += bytes_of_allreduce(own_bytes, self.group.comm.size)
             self._bytes += bytes_of_allreduce(nbytes, self.group.comm.size)
             return [np.asarray(watch.due())]
 
-        due = host.call(on_host, [], [tf.bool], [[]])[0]
+        due = host.call(begin, [], [tf.bool], [[]])[0]
         # Horovod would wait for ever for a gradient that another rank does not have.
         with tf.control_dependencies([due]):
             tensors = [tf.identity(g.value) for g in sent]
-        op, scale, label = self._options.op, self._options.predivide, self._reducers.label
+        op, scale, label = self._options.op, self._options.predivide, self.reducers.label
         return native.allreduce(self.group, tensors, op, scale, label), due
+
+
+def _nbytes(variable: Any) -> int:
+    size: int = tf.as_dtype(variable.dtype).size
+    return int(np.prod(variable.shape)) * size
 
 
 def _compare_if(due: Any, gradients: Sequence[Gradient], watch: ReplicaWatch) -> None:
@@ -184,13 +205,13 @@ def _compare_if(due: Any, gradients: Sequence[Gradient], watch: ReplicaWatch) ->
     if not watched:
         return
 
-    def on_host(*arrays: Array) -> list[Array]:
+    def look(*arrays: Array) -> list[Array]:
         watch.compare(zip((g.name for g in watched), arrays, strict=True))
         return []
 
     def compare() -> Any:
         # The values are read in the program's order: before the optimizer changes them.
-        host.call(on_host, [tf.convert_to_tensor(g.source) for g in watched], [], [])
+        host.call(look, [tf.convert_to_tensor(g.source) for g in watched], [], [])
         return tf.constant(True)
 
     if not tf.executing_eagerly():

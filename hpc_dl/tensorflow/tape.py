@@ -9,7 +9,7 @@ import tensorflow as tf
 from hpc_dl.comm import Op
 from hpc_dl.errors import OptionError
 from hpc_dl.tensorflow import host
-from hpc_dl.tensorflow.compression import Compression, resolve
+from hpc_dl.tensorflow.compression import Compression, of_gradients
 from hpc_dl.tensorflow.gradients import GradientReduction
 from hpc_dl.world import Group, ProcessSet, global_process_set
 from hpc_dl.world.local import LocalVariables, local_weights
@@ -55,8 +55,10 @@ class DistributedGradientTape(tf.GradientTape):
             gradtape: a tape that has recorded, or will (``with DistributedGradientTape(...)``).
                 The two share what is recorded.
             device_dense: accepted for Horovod's sake, like ``device_sparse``.
-            compression: Compression.none, .fp16 or .bf16 (also by name), or a class with
-                ``compress`` and ``decompress``.
+            compression: how gradients travel: a name such as ``"fp16"`` or
+                ``"topk:ratio=0.01"`` (``hpc-dl compress list`` shows all), a mapping, an
+                object of ``hpc_dl.compress``, a list of rules (pattern, compression); or a
+                class with ``compress`` and ``decompress`` as Horovod has them.
             sparse_as_dense: reduce ``tf.IndexedSlices`` as dense tensors.
             op: Average, Sum, Min, Max, Product; Adasum over Horovod.
             gradient_predivide_factor: with Average, divide by this before the sum and by
@@ -76,7 +78,7 @@ class DistributedGradientTape(tf.GradientTape):
         object.__setattr__(self, "__dict__", gradtape.__dict__)
         self._hpc_dl_options = gradient_options(
             op,
-            resolve(compression),
+            of_gradients(compression),
             gradient_predivide_factor,
             sparse_as_dense,
             num_groups if groups is None else groups,

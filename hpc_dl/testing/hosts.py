@@ -35,12 +35,13 @@ exec ip netns exec "{prefix}-$host" unshare --uts --mount --propagation private 
 class Hosts:
     """Some hosts ``h1``, ``h2``, ..., as a context manager that takes them away again."""
 
-    def __init__(self, count: int, rate: str = "1gbit"):
+    def __init__(self, count: int, rate: str | None = "1gbit"):
         """Describe them.
 
         Args:
             count: how many.
-            rate: of each host's link, in both directions, as ``tc`` writes it.
+            rate: of each host's link, in both directions, as ``tc`` writes it; None for as
+                fast as the machine can.
 
         Raises:
             MissingComponentError: not root, or a program is not there.
@@ -103,13 +104,22 @@ class Hosts:
         self._agent.write_text(_AGENT.format(prefix=self._prefix))
         self._agent.chmod(0o700)
 
-    def shape(self, rate: str) -> None:
-        """Give all links another rate, also while ranks run."""
+    def shape(self, rate: str | None) -> None:
+        """Give all links another rate, also while ranks run; None takes the limit away."""
         self.rate = rate
-        bucket = ("root", "tbf", "rate", rate, "burst", BURST, "latency", "50ms")
+        bucket = ("tbf", "rate", rate or "", "burst", BURST, "latency", "50ms")
         for name in self.names:
-            _run("tc", "-n", f"{self._prefix}-{name}", "qdisc", "replace", "dev", "eth0", *bucket)
-            _run("tc", "qdisc", "replace", "dev", f"{self._prefix}{name}", *bucket)
+            for where in (("-n", f"{self._prefix}-{name}"), ()):
+                device = ("dev", "eth0" if where else f"{self._prefix}{name}", "root")
+                if rate is None:
+                    # There may be none to be taken away.
+                    _run("tc", *where, "qdisc", "delete", *device, check=False)
+                else:
+                    _run("tc", *where, "qdisc", "replace", *device, *bucket)
+
+    def address(self, number: int) -> str:
+        """Return the address of a host, by its number from 0."""
+        return f"{self._subnet}.{number + 1}"
 
     @property
     def _agent(self) -> Path:

@@ -40,6 +40,7 @@ from hpc_dl.torch.collectives import (
 )
 from hpc_dl.torch.compression import Compression, Compressor
 from hpc_dl.torch.functions import broadcast_optimizer_state, broadcast_parameters
+from hpc_dl.torch.onebit import OneBitAdam, OneBitLamb
 from hpc_dl.torch.optimizer import DistributedOptimizer
 from hpc_dl.torch.sync_batch_norm import SyncBatchNorm
 from hpc_dl.world import (
@@ -91,6 +92,8 @@ __all__ = [
     "HorovodInternalError",
     "Max",
     "Min",
+    "OneBitAdam",
+    "OneBitLamb",
     "ProcessSet",
     "Product",
     "Sum",

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from hpc_dl.errors import OptionError
+from hpc_dl.world.reducers import gradient_compression
 
 
 class Compressor:
@@ -56,7 +57,7 @@ class Compression:
 
 
 def resolve(compression: Any) -> Any:
-    """Accept a compressor or the name of one.
+    """Accept a compressor of single tensors, or the name of one.
 
     Raises:
         OptionError: neither; the message lists the names.
@@ -74,10 +75,14 @@ def resolve(compression: Any) -> Any:
     return compression
 
 
-def is_cast(compression: Any) -> bool:
-    """Tell whether a compressor does no more than cast to its ``wire_dtype``."""
-    return isinstance(compression, type) and compression in (
-        NoneCompressor,
-        FP16Compressor,
-        BF16Compressor,
-    )
+def of_gradients(compression: Any) -> Any:
+    """Read what the user gives an optimizer as ``compression``.
+
+    Returns:
+        A ``Policy``, or a class of the user's own with Horovod's interface.
+
+    Raises:
+        OptionError: neither; the message lists the names.
+    """
+    casts = {NoneCompressor: "none", FP16Compressor: "fp16", BF16Compressor: "bf16"}
+    return gradient_compression(compression, casts)

@@ -5,16 +5,22 @@ ready and which of them are sparse; that first step is reduced after backward. F
 hook moves each gradient into its bucket as soon as it is accumulated, and full buckets leave.
 """
 
+import time
 from collections.abc import Sequence
+from operator import add
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from hpc_dl.arrays import BFLOAT16, Parameter, host_view, plan, torch_view
+from hpc_dl.arrays import BFLOAT16, Layout, Parameter, host_view, torch_view
 from hpc_dl.comm import Op
+from hpc_dl.compress import Policy
 from hpc_dl.errors import HpcDlError
-from hpc_dl.reduce import Reducer, Traffic
+from hpc_dl.reduce import Reducer, Saved, Traffic, make_reducer
+from hpc_dl.reduce.choose import Chooser
+from hpc_dl.reduce.compression import Clock
+from hpc_dl.reduce.reducer import load_state, report_loss, state_of
 from hpc_dl.reduce.traffic import total
 from hpc_dl.torch.sparse import allreduce_sparse
 from hpc_dl.world import Call, Group
@@ -26,10 +32,12 @@ class Options(NamedTuple):
     """How gradients are reduced."""
 
     op: Op
-    wire_dtype: torch.dtype | None
+    policy: Policy
     predivide: float
     groups: tuple[Names, ...]
     sparse_as_dense: bool
+    clock: Clock | None = None
+    """Tells the optimizer's step, where it must be that of the compression."""
 
 
 class _Place(NamedTuple):
@@ -63,7 +71,10 @@ class GradientReduction:
         self._group, self._options = group, options
         self._named = list(named)
         self._names = {p: name for name, p in self._named}
-        described = [Described(name, tuple(p.shape), str(p.dtype)) for name, p in self._named]
+        described = [
+            Described(name, tuple(p.shape), options.policy.describe_type(p.dtype))
+            for name, p in self._named
+        ]
         self._digest = check_parameters(group, described)
         label = group.name("gradients", None)
         self._call = Call("reduce", f"{label}.{self._digest}", op=options.op.value)
@@ -78,12 +89,20 @@ class GradientReduction:
         self._reducers: list[Reducer] = []
         self._reducer_by_device: dict[torch.device, Reducer] = {}
         self._sparse_bytes = 0
+        self._generation = 0
+        self._past = Traffic(0, 0, 0.0)
+        self._saved: Saved = {}
+        self._policy = options.policy
+        auto = options.policy.auto
+        self._chooser = None if auto is None else Chooser(auto)
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_grad) for p in self._names]
 
     # --- during backward ------------------------------------------------------------
 
     def _on_grad(self, p: torch.Tensor) -> None:
         assert isinstance(p, torch.nn.Parameter)
+        if self._chooser is not None:
+            self._chooser.gradient()
         self._count[p] += 1
         if self._count[p] > self.passes:
             raise HpcDlError(
@@ -114,7 +133,8 @@ class GradientReduction:
             view.copy_(grad)
         if self._options.predivide != 1.0:
             view.mul_(1.0 / self._options.predivide)
-        if view.dtype == p.dtype and not (grad is not None and grad.is_sparse):
+        same = view.dtype == p.dtype and view.device == p.device
+        if same and not (grad is not None and grad.is_sparse):
             p.grad = view
         self._moved.add(p)
         self._reducer_of(place).ready(place.bucket)
@@ -139,6 +159,7 @@ class GradientReduction:
         """Reduce what has not been reduced, wait, and leave the results in the gradients."""
         if not self._planned:
             self._plan()
+        begin = time.perf_counter()
         for p in self._places:
             if p not in self._moved:
                 self._move(p)
@@ -150,12 +171,26 @@ class GradientReduction:
         for p in self._sparse:
             self._finish_sparse(p)
         self.rearm()
+        if self._chooser is not None:
+            self._chooser.step(begin, time.perf_counter() - begin)
+            if self._chooser.due() and self._group.all_present():
+                self._choose(self._chooser)
+
+    def _choose(self, chooser: Chooser) -> None:
+        """Compress from now on as the first steps have shown to be best."""
+        named = [(name, p) for name, p in self._named if p in self._places]
+        dense = [Parameter(n, tuple(p.shape), _numpy_dtype(p.dtype)) for n, p in named]
+        self._policy = chooser.choose(self._group.comm, dense, BUCKET_BYTES)
+        self._chooser = None
+        if self._policy.rules:
+            self._past = total(reducer.traffic() for reducer in self._reducers)
+            self._lay_out([self._names[p] for p in self._places])
 
     def _take_out(self, p: torch.nn.Parameter, view: torch.Tensor) -> None:
         if p.grad is None:
-            p.grad = view.to(p.dtype)
+            p.grad = view.to(p.device, p.dtype)
         elif p.grad.is_sparse:
-            p.grad = view.to(p.dtype).to_sparse()
+            p.grad = view.to(p.device, p.dtype).to_sparse()
         elif p.grad.data_ptr() != view.data_ptr():
             p.grad.copy_(view)
 
@@ -184,48 +219,54 @@ class GradientReduction:
         is_sparse = np.atleast_1d(table[:, : len(names)].any(axis=0))
         rank_order = np.argsort(table[0, len(names) :], kind="stable")
         self._sparse = [by_name[names[i]] for i in range(len(names)) if is_sparse[i]]
-        dense = [names[i] for i in rank_order if not is_sparse[i]]
-        devices = dict.fromkeys(by_name[name].device for name in dense)
-        for number, device in enumerate(devices):
-            members = [name for name in dense if by_name[name].device == device]
-            self._add_reducer(number, device, [(name, by_name[name]) for name in members])
+        self._lay_out([names[i] for i in rank_order if not is_sparse[i]])
+
+    def _lay_out(self, dense: list[str]) -> None:
+        """Make the buckets of dense gradients, in this order."""
+        by_name = dict(self._named)
+        self._generation += 1
+        self._reducers, self._places, self._reducer_by_device = [], {}, {}
+        homes = {name: self._home(name, by_name[name]) for name in dense}
+        for number, home in enumerate(dict.fromkeys(homes.values())):
+            members = [(name, by_name[name]) for name in dense if homes[name] == home]
+            self._add_reducer(number, home, members)
+        load_state(self._reducers, self._saved)
 
     def _add_reducer(
         self, number: int, device: torch.device, named: list[tuple[str, torch.nn.Parameter]]
     ) -> None:
         options = self._options
-        parameters = [Parameter(name, tuple(p.shape), self._wire(p)) for name, p in named]
+        parameters = [Parameter(n, tuple(p.shape), _numpy_dtype(p.dtype)) for n, p in named]
         fuses = self._group.comm.negotiates
-        capacity = BUCKET_BYTES_NEGOTIATED if fuses else BUCKET_BYTES
-        layout = plan(parameters, capacity, options.groups)
-        buffers = None
-        if device.type != "cpu":
-            buffers = [
-                torch.zeros(b.size, dtype=_torch_dtype(b.dtype), device=device)
-                for b in layout.buckets
-            ]
-        call = self._call._replace(name=f"{self._call.name}.{number}")
-        reducer = Reducer(
+        on_host = device.type == "cpu"
+        label = f"{self._call.name}.{self._generation}.{number}"
+        call = self._call._replace(name=label)
+        reducer = make_reducer(
             self._group.comm,
-            layout,
+            parameters,
             options.op,
-            options.predivide,
-            buffers,
+            BUCKET_BYTES_NEGOTIATED if fuses else BUCKET_BYTES,
+            policy=self._policy,
+            groups=options.groups,
+            scale=options.predivide,
+            make_buffers=None if on_host else lambda layout: _buffers(layout, device),
             agree=lambda: self._group.agree(call),
             name=call.name,
+            clock=options.clock,
         )
         self._group.register(call.name, reducer)
         self._reducers.append(reducer)
-        views, place = reducer.views(), layout.place()
+        views, place = reducer.views(), reducer.layout.place()
         for name, p in named:
-            flat = views[name] if buffers is not None else torch_view(views[name])
+            flat = torch_view(views[name]) if on_host else views[name]
             bucket = place[name][0]
             self._places[p] = _Place(bucket, flat.view(p.shape), reducer.takes_place_of(bucket))
         self._reducer_by_device[device] = reducer
 
-    def _wire(self, p: torch.nn.Parameter) -> np.dtype[np.generic]:
-        wire = self._options.wire_dtype if p.dtype.is_floating_point else None
-        return _numpy_dtype(wire or p.dtype)
+    def _home(self, name: str, p: torch.nn.Parameter) -> torch.device:
+        """Return where a gradient's bucket lies: compressors work on the host."""
+        travel = self._policy.travel(name, tuple(p.shape), _numpy_dtype(p.dtype))
+        return p.device if travel.scheme is None else torch.device("cpu")
 
     def _reducer_of(self, place: _Place) -> Reducer:
         return self._reducer_by_device[place.view.device]
@@ -235,7 +276,23 @@ class GradientReduction:
     def traffic(self) -> Traffic:
         """Return steps, bytes sent and seconds waited so far."""
         reduced = total(reducer.traffic() for reducer in self._reducers)
+        reduced = Traffic(*map(add, reduced, self._past))
         return reduced._replace(bytes_sent=reduced.bytes_sent + self._sparse_bytes)
+
+    def compression_state(self) -> Saved:
+        """Return what compression keeps between steps, by parameter."""
+        if not self._planned:
+            return self._saved
+        return state_of(self._reducers)
+
+    def load_compression_state(self, saved: Saved) -> None:
+        """Take up what ``compression_state`` returned, now or as soon as there are buckets."""
+        self._saved = saved
+        load_state(self._reducers, saved)
+
+    def report_loss(self, loss: float) -> None:
+        """Let the guard of compression see this rank's loss."""
+        report_loss(self._reducers, loss)
 
     def close(self) -> None:
         """Unhook the gradients."""
@@ -251,6 +308,10 @@ def _numpy_dtype(dtype: torch.dtype) -> np.dtype[np.generic]:
     if dtype is torch.bfloat16:
         return BFLOAT16
     return torch.empty(0, dtype=dtype).numpy().dtype
+
+
+def _buffers(layout: Layout, device: torch.device) -> list[torch.Tensor]:
+    return [torch.zeros(b.size, dtype=_torch_dtype(b.dtype), device=device) for b in layout.buckets]
 
 
 def _torch_dtype(dtype: np.dtype[np.generic]) -> torch.dtype:

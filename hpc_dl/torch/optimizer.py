@@ -10,14 +10,17 @@ import torch
 
 from hpc_dl.arrays import host_view
 from hpc_dl.comm import Op
+from hpc_dl.compress import Policy, pairs
 from hpc_dl.errors import HpcDlError, OptionError
-from hpc_dl.reduce import ReplicaGuard, Traffic
+from hpc_dl.reduce import ReplicaGuard, Saved, Traffic
 from hpc_dl.torch.adasum import AdasumReduction
 from hpc_dl.torch.allreduce import allreduce
-from hpc_dl.torch.compression import Compression, is_cast, resolve
+from hpc_dl.torch.compression import Compression, of_gradients, resolve
 from hpc_dl.torch.gradients import GradientReduction, Options
+from hpc_dl.torch.onebit import SharedMomentum
 from hpc_dl.torch.unfused import UnfusedReduction
 from hpc_dl.world import ProcessSet, current, global_process_set
+from hpc_dl.world.pairing import check_shared, fitting
 from hpc_dl.world.reducers import gradient_options, group_names
 
 log = logging.getLogger("hpc_dl")
@@ -117,6 +120,22 @@ class _Distributed(torch.optim.Optimizer):
             self._reduction.rearm()
         self._synchronized = False
         super().load_state_dict(*args, **kwargs)
+        self._give_momentum()
+
+    def _give_momentum(self) -> None:
+        """Let compression that has no state go on from the momentum of the optimizer's state."""
+        reduction = self._reduction
+        if not isinstance(self, SharedMomentum) or not isinstance(reduction, GradientReduction):
+            return
+        if not reduction.compression_state():
+            momenta = [(name, self.momentum(p)) for name, p in self._named]
+            reduction.load_compression_state(
+                {
+                    name: {"shared": host_view(m.cpu().float().contiguous()).reshape(-1)}
+                    for name, m in momenta
+                    if m is not None
+                }
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; all ranks add the same ones. Their names are made up."""
@@ -127,9 +146,11 @@ class _Distributed(torch.optim.Optimizer):
                 (f"group{number}.{i}", p) for i, p in enumerate(self.param_groups[-1]["params"])
             ]
             self._named = [*self._named, *added]
+            saved = self.compression_state()
             if self._reduction is not None:
                 self._reduction.close()
             self._reduction = self._remake(self._named)
+            self.load_compression_state(saved)
             if self._reduction is not None:
                 self._reduction.passes = self._passes
 
@@ -139,6 +160,25 @@ class _Distributed(torch.optim.Optimizer):
         self._passes = passes
         if self._reduction is not None:
             self._reduction.passes = passes
+
+    def compression_state(self) -> Saved:
+        """Return what compression keeps between steps on this rank, by parameter.
+
+        Save it on each rank beside ``state_dict()``. Of a world of another size, give
+        ``load_compression_state`` what ``hpc_dl.reduce.reshard`` makes of all ranks' states.
+        """
+        reduction = self._reduction
+        return reduction.compression_state() if isinstance(reduction, GradientReduction) else {}
+
+    def load_compression_state(self, saved: Saved) -> None:
+        """Take up what ``compression_state`` returned."""
+        if isinstance(self._reduction, GradientReduction):
+            self._reduction.load_compression_state(saved)
+
+    def report_loss(self, loss: float) -> None:
+        """Let the guard of compression see this rank's loss; it suspends on a jump."""
+        if isinstance(self._reduction, GradientReduction):
+            self._reduction.report_loss(float(loss))
 
     def traffic(self) -> Traffic:
         """Return the steps, the bytes this rank sent, and the seconds it waited so far."""
@@ -167,8 +207,10 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     Args:
         optimizer: any torch optimizer.
         named_parameters: ``model.named_parameters()``; by default names are made up.
-        compression: Compression.none, .fp16 or .bf16 (also by name), or a class with
-            ``compress`` and ``decompress``.
+        compression: how gradients travel: a name such as ``"fp16"`` or ``"topk:ratio=0.01"``
+            (``hpc-dl compress list`` shows all), a mapping, an object of ``hpc_dl.compress``,
+            a list of rules (pattern, compression); or a class with ``compress`` and
+            ``decompress`` as Horovod has them.
         backward_passes_per_step: gradients of so many passes are added up before they are
             reduced, once.
         op: Average, Sum, Min, Max, Product; Adasum over Horovod combines the steps.
@@ -181,7 +223,8 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         guard: compare the parameters of the ranks after the first steps and now and then.
 
     Raises:
-        OptionError: a bad option, duplicate names, or parameters without a name.
+        OptionError: a bad option, duplicate names, parameters without a name, or a
+            compression with which this optimizer is known not to converge.
         MismatchError: on all ranks, if they have different parameters.
 
     >>> import hpc_dl.torch as hvd
@@ -195,7 +238,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         warnings.warn("num_groups is now called groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
     named = _check_names(optimizer, named_parameters)
-    compressor = resolve(compression)
+    compressor = of_gradients(compression)
     wanted = gradient_options(
         op,
         compressor,
@@ -206,6 +249,12 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         guard,
     )
     op = wanted.op
+    shares = optimizer if isinstance(optimizer, SharedMomentum) else None
+    if shares is not None:
+        check_shared(type(optimizer).__name__, compressor, op, gradient_predivide_factor)
+        compressor = shares.policy()
+    if op is not Op.ADASUM:
+        compressor = fitting(_described(optimizer), compressor)
 
     def reduction(everything: Named) -> Reduction | None:
         named = [(name, p) for name, p in everything if p.requires_grad]
@@ -213,15 +262,17 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
             return None
         group = process_set.group()
         if op is Op.ADASUM:
-            return AdasumReduction(named, group, compressor, backward_passes_per_step)
-        if not is_cast(compressor):
+            adasum = resolve(compression)
+            return AdasumReduction(named, group, adasum, backward_passes_per_step)
+        if not isinstance(compressor, Policy):
             return UnfusedReduction(named, group, compressor, op, backward_passes_per_step)
         options = Options(
             op,
-            compressor.wire_dtype,
+            compressor,
             gradient_predivide_factor,
             group_names(wanted.groups, [name for name, _ in named], [p for _, p in named]),
             sparse_as_dense,
+            None if shares is None else lambda: int(wrapped.steps),
         )
         return GradientReduction(named, group, options, backward_passes_per_step)
 
@@ -234,6 +285,10 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     wrapped._average_loss = lambda loss: allreduce(loss, op=Op.AVERAGE, process_set=process_set)
     wrapped._wait_in_step, wrapped._synchronized = True, False
     wrapped._reduction = reduction(named)
+    if shares is not None:
+        wrapped.receives_momentum = wrapped._reduction is not None
+        wrapped.sparse_as_dense = sparse_as_dense
+        wrapped._give_momentum()
     included = process_set.included()
     group = process_set.group() if included else current().group
     wrapped._guard = ReplicaGuard(
@@ -244,6 +299,17 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         count=group.counter("steps"),
     )
     return wrapped
+
+
+def _described(optimizer: torch.optim.Optimizer) -> pairs.Optimizer:
+    """Say of an optimizer what a compression must fit."""
+    shared = optimizer.policy() if isinstance(optimizer, SharedMomentum) else None
+    return pairs.Optimizer(
+        type(optimizer).__name__,
+        pairs.family_of(kind.__name__ for kind in type(optimizer).__mro__),
+        max(float(group.get("momentum") or 0) for group in optimizer.param_groups),
+        shared.rules[0].scheme.shared_momentum if shared is not None else 0.0,
+    )
 
 
 def _check_passes(passes: int) -> None:

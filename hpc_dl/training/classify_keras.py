@@ -64,10 +64,12 @@ def fit(
         ],
     )
     weights = ((v.path, keras.ops.convert_to_numpy(v)) for v in model.trainable_variables)
+    traffic = model.optimizer.traffic()
     return Outcome(
         recorder.tested.get("loss"),
         recorder.tested.get("accuracy"),
-        model.optimizer.traffic().bytes_sent,
+        traffic.bytes_sent,
+        traffic.bytes_dense,
         weights_digest(weights),
     )
 

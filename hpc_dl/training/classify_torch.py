@@ -62,10 +62,12 @@ def fit(learner: Learner, plan: Plan, run: Run) -> Outcome:
             }
         )
     weights = ((name, p.detach().cpu().numpy()) for name, p in model.named_parameters())
+    traffic = learner.optimizer.traffic()
     return Outcome(
         tested.get("loss"),
         tested.get("accuracy"),
-        learner.optimizer.traffic().bytes_sent,
+        traffic.bytes_sent,
+        traffic.bytes_dense,
         weights_digest(weights),
     )
 

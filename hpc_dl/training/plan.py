@@ -17,6 +17,8 @@ class Outcome(NamedTuple):
     test_accuracy: float | None
     bytes_sent: int
     """Bytes of gradients that this rank put on the wire."""
+    bytes_dense: int
+    """Bytes that it would have put there without compression."""
     weights_digest: str
     """See `hpc_dl.observe.weights_digest`."""
 

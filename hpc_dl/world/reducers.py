@@ -5,13 +5,19 @@ step, or learn there which gradient differs.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from operator import add
 from typing import Any, NamedTuple
 
-from hpc_dl.arrays import Layout, Parameter, plan
+from hpc_dl.arrays import Layout, Parameter
 from hpc_dl.comm import Op
+from hpc_dl.compress import Policy, pairs, policy_of
 from hpc_dl.errors import OptionError
-from hpc_dl.reduce import Reducer, Traffic
+from hpc_dl.reduce import Reducer, Saved, Traffic
+from hpc_dl.reduce.build import DENSE, check_op, make_reducer
+from hpc_dl.reduce.choose import Chooser
+from hpc_dl.reduce.reducer import load_state, report_loss, state_of
 from hpc_dl.reduce.traffic import total
 from hpc_dl.world.group import Call, Group
 from hpc_dl.world.local import native
@@ -46,6 +52,33 @@ def unique(names: Sequence[str]) -> list[str]:
     return result
 
 
+def gradient_compression(given: Any, casts: Mapping[Any, str]) -> Any:
+    """Read what the user gives as ``compression`` of gradients.
+
+    Args:
+        given: what ``policy_of`` reads; or a class with ``compress`` and ``decompress``.
+        casts: classes that stand for compressors by name.
+
+    Returns:
+        A ``Policy``, or the class.
+
+    Raises:
+        OptionError: something else, or a bad name or option.
+    """
+    if isinstance(given, type) and given in casts:
+        return policy_of(casts[given])
+    if hasattr(given, "compress") and hasattr(given, "decompress"):
+        return given
+    return policy_of(given)
+
+
+def on_host(compression: Any) -> Policy:
+    """Return what compressors do on the host beyond a cast that the framework can do."""
+    if isinstance(compression, Policy) and compression.cast is None:
+        return compression
+    return DENSE
+
+
 class GradientOptions(NamedTuple):
     """How an optimizer or a tape combines gradients; see ``gradient_options``."""
 
@@ -77,6 +110,10 @@ def gradient_options(
         op = Op(op)
     except ValueError:
         raise OptionError.unknown("op", op, [o.value for o in Op]) from None
+    if isinstance(compression, Policy) and op is not Op.ADASUM:
+        pairs.check(compression)
+        if compression.lossy:
+            check_op(op)
     if predivide <= 0:
         raise OptionError(f"gradient_predivide_factor={predivide}; give a number > 0")
     if predivide != 1.0 and op is not Op.AVERAGE:
@@ -151,18 +188,25 @@ class Buckets(NamedTuple):
 class Reducers:
     """The reducers of one optimizer or tape: one for each set of gradients it has met."""
 
-    def __init__(self, group: Group, label: str, op: Op, scale: float = 1.0):
+    def __init__(
+        self, group: Group, label: str, op: Op, scale: float = 1.0, policy: Policy = DENSE
+    ):
         """Begin with none.
 
         Args:
             label: names the optimizer, the same on all ranks and different for each.
             scale: a factor on the result.
+            policy: which gradients are compressed how.
         """
         self.group = group
         self.label = group.name(label, None)
-        self._op, self._scale = op, scale
+        self._op, self._scale, self._policy = op, scale, policy
         self._known: dict[tuple[Any, ...], Buckets] = {}
         self._agreed: set[tuple[Parameter, ...]] = set()
+        self._saved: Saved = {}
+        self._number: int | None = None
+        self._past = Traffic(0, 0, 0.0)
+        self._chooser = None if policy.auto is None else Chooser(policy.auto)
 
     def agree(self, parameters: tuple[Parameter, ...]) -> str:
         """Make sure that all ranks reduce these gradients; return a digest of them.
@@ -172,7 +216,9 @@ class Reducers:
         """
         self.group.agree(Call("plan", self.label))
         self._agreed.add(parameters)
-        described = [Described(p.name, p.shape, p.dtype.name) for p in parameters]
+        described = [
+            Described(p.name, p.shape, self._policy.describe_type(p.dtype)) for p in parameters
+        ]
         return check_parameters(self.group, described)
 
     def agree_once(self, parameters: tuple[Parameter, ...]) -> None:
@@ -210,22 +256,62 @@ class Reducers:
         make_buffers: Callable[[Layout], list[Any]] | None,
     ) -> Buckets:
         digest = self.agree(parameters)
-        layout = plan(parameters, BUCKET_BYTES, groups)
         number = len(self._known)
         call = Call("reduce", f"{self.label}.{number}.{digest}", op=self._op.value)
-        reducer = Reducer(
+        reducer = make_reducer(
             self.group.comm,
-            layout,
+            parameters,
             self._op,
-            self._scale,
-            None if make_buffers is None else make_buffers(layout),
+            BUCKET_BYTES,
+            policy=self._policy,
+            groups=groups,
+            scale=self._scale,
+            make_buffers=make_buffers,
             agree=lambda: self.group.agree(call),
             name=call.name,
+            clock=None if self._number is None else lambda: int(self._number or 0),
         )
         self.group.register(call.name, reducer)
-        views, place = reducer.views(), layout.place()
+        load_state([reducer], self._saved)
+        views, place = reducer.views(), reducer.layout.place()
         return Buckets(reducer, tuple(Place(place[p.name][0], views[p.name]) for p in parameters))
+
+    def count(self, number: int | None) -> None:
+        """Say which step of the optimizer comes; if never or None, they are counted here."""
+        self._number = number
+
+    def compression_state(self) -> Saved:
+        """Return what compression keeps between steps on this rank, by parameter."""
+        if not self._known:
+            return self._saved
+        return state_of(buckets.reducer for buckets in self._known.values())
+
+    def load_compression_state(self, saved: Saved) -> None:
+        """Take up what ``compression_state`` returned, now or as soon as there are buckets."""
+        self._saved = saved
+        load_state((buckets.reducer for buckets in self._known.values()), saved)
+
+    def report_loss(self, loss: float) -> None:
+        """Let the guard of compression see this rank's loss."""
+        report_loss((buckets.reducer for buckets in self._known.values()), loss)
 
     def traffic(self) -> Traffic:
         """Return steps, bytes sent and seconds waited so far."""
-        return total(buckets.reducer.traffic() for buckets in self._known.values())
+        now = total(buckets.reducer.traffic() for buckets in self._known.values())
+        return Traffic(*map(add, now, self._past))
+
+    def finish(self, reducer: Reducer) -> None:
+        """Let a reducer reduce what its buckets hold, and wait for it.
+
+        With ``compression="auto"`` all reducers are made anew after the step that decides.
+        """
+        begin = time.perf_counter()
+        reducer.finish()
+        if self._chooser is None:
+            return
+        self._chooser.step(begin, time.perf_counter() - begin)
+        if self._chooser.due() and self.group.all_present():
+            everything = [p for bucket in reducer.layout.buckets for p in bucket.parameters]
+            self._policy = self._chooser.choose(self.group.comm, everything, BUCKET_BYTES)
+            self._past, self._chooser = self.traffic(), None
+            self._known.clear()

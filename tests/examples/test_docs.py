@@ -53,6 +53,11 @@ def examples() -> list[Example]:
     ]
 
 
+def saved_by(page: str) -> dict[str, str]:
+    """Return the files that a page tells its reader to save, by name."""
+    return {e.saved_as: e.text for e in examples() if e.page == page and e.saved_as}
+
+
 def fences(page: Path) -> Iterator[tuple[int, str]]:
     """Yield (line, language) for every block of code in a page."""
     inside = False
@@ -114,6 +119,9 @@ def test_every_python_example_is_marked():
 def test_example(example, tmp_path):
     script = tmp_path / "example.py"
     script.write_text(example.text)
+    for name, text in saved_by(example.page).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
     launch = [sys.executable, "-m", "hpc_dl.cli", "launch", "-n", str(example.ranks)]
     done = run([*launch, str(script)], tmp_path, TF_CPP_MIN_LOG_LEVEL="3")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -138,8 +146,7 @@ def test_command(page, command, tmp_path):
     arguments = programs[words[0]] + words[1:] if words[0] in programs else words
     for name in ("jobs", "examples", "benchmarks", "tests", "slurm"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shown = {e.saved_as: e.text for e in examples() if e.page == page and e.saved_as}
-    for name, text in (STAND_INS | shown).items():
+    for name, text in (STAND_INS | saved_by(page)).items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     done = run(arguments, tmp_path, **variables)

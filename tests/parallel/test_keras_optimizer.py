@@ -138,7 +138,7 @@ def test_groups_do_not_change_the_result(groups, rows):
     together = train(net, optimizer, 2, lambda step: shard(step, rows))
     assert furthest(alone, together) <= 1e-10
     if hvd.size() > 1 and hvd.global_process_set.group().comm.name == "mpi":
-        (buckets,) = optimizer.distribution._reduction._reducers._known.values()
+        (buckets,) = optimizer.distribution._reduction.reducers._known.values()
         layout = buckets.reducer.layout
         assert len(layout.buckets) == {1: 1, 3: 3, "lists": 2}[groups]
         if groups == "lists":

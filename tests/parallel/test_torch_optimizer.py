@@ -345,7 +345,7 @@ def test_names_that_are_no_tuples():
         ({"op": "median"}, "valid: adasum, average, max"),
         ({"op": hvd.Sum, "gradient_predivide_factor": 2.0}, "op=Average only"),
         ({"gradient_predivide_factor": -1.0}, "> 0"),
-        ({"compression": "zip"}, "valid: bf16, fp16, none"),
+        ({"compression": "zip"}, "valid: auto, bf16, demo"),
         ({"compression": 3}, "compress"),
     ],
 )

@@ -181,13 +181,14 @@ def test_traffic() -> None:
 
     def main(comm: Communicator) -> None:
         reducer = Reducer(comm, layout)
-        assert reducer.traffic() == (0, 0, 0.0)
+        assert reducer.traffic() == (0, 0, 0.0, 0)
         for step in range(2):
             if comm.rank == 0:
                 late.wait(0.2)
             _step(reducer, comm, step, [f"p{i}" for i in range(8)])
-        steps, sent, waited = reducer.traffic()
+        steps, sent, waited, dense = reducer.traffic()
         assert (steps, sent) == (2, 2 * (2 * 2 * layout.nbytes // 3))
+        assert dense == sent
         assert waited > (0.3 if comm.rank else 0)
         assert (waited < 0.3) or comm.rank
 

@@ -14,7 +14,7 @@ import hpc_dl
 PACKAGE = Path(hpc_dl.__file__).parent
 JOBS = PACKAGE.parent / "jobs"
 
-CORE = {"errors", "spec", "arrays", "comm", "reduce", "world"}
+CORE = {"errors", "spec", "arrays", "compress", "comm", "reduce", "world"}
 
 #: room -> what it may import; a name with a dot allows that module of a room and no other.
 ALLOWED: dict[str, set[str]] = {
@@ -22,8 +22,9 @@ ALLOWED: dict[str, set[str]] = {
     "spec": {"errors"},
     "arrays": {"errors"},
     "comm": {"errors", "spec", "arrays"},
-    "reduce": {"errors", "arrays", "comm"},
-    "world": {"errors", "arrays", "comm", "reduce"},
+    "compress": {"errors", "spec", "arrays"},
+    "reduce": {"errors", "arrays", "compress", "comm"},
+    "world": {"errors", "arrays", "compress", "comm", "reduce"},
     "torch": CORE,
     "tensorflow": CORE,
     "keras": CORE | {"torch", "tensorflow"},
@@ -32,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": set(),
     "training": {"errors", "data", "observe", "models", "world", "torch", "keras"},
     "launch": {"errors", "comm.abort", "comm.choose", "comm.launched"},
-    "cli": {"errors", "launch", "comm"},
+    "cli": {"errors", "launch", "comm", "compress", "reduce"},
     "testing": CORE | {"torch", "tensorflow", "keras", "data", "observe", "launch"},
     "jobs": {"errors", "data", "observe", "models", "training", "cli", "world", "torch", "keras"},
 }

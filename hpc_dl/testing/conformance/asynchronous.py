@@ -147,6 +147,20 @@ class AsynchronousConformance(Suite):
 
         on_ranks(check)
 
+    @pytest.mark.parametrize("dtype", [d for d in ALL if d != BOOL], ids=str)
+    def test_collectives_within_a_call_that_is_run(self, on_ranks: OnRanks, dtype: Dtype) -> None:
+        def check(comm: Communicator) -> None:
+            x = values((1003,), dtype, comm.rank)
+
+            def both() -> None:
+                comm.allreduce(x, Op.SUM)
+                comm.barrier()
+
+            comm.submit(both).wait()
+            np.testing.assert_array_equal(x, expected(Op.SUM, (1003,), dtype, comm.size))
+
+        on_ranks(check)
+
     def test_error_reaches_the_one_who_waits(self, on_ranks: OnRanks) -> None:
         def check(comm: Communicator) -> None:
             def fail() -> None:

@@ -1,0 +1,234 @@
+"""Which parameter is compressed how: rules on name, shape and size.
+
+Small and one-dimensional parameters (biases, norms) are a thousandth of the bytes and most of
+what compression harms, so they stay dense unless a rule says otherwise.
+"""
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hpc_dl.compress import registry
+from hpc_dl.compress.base import Compressor
+from hpc_dl.compress.casts import Cast
+from hpc_dl.compress.scheme import Scheme, scheme_of
+from hpc_dl.errors import OptionError
+
+#: Parameters of fewer bytes stay dense, by default.
+MIN_BYTES = 64 << 10
+#: So do those of fewer dimensions.
+MIN_NDIM = 2
+
+
+class Limits(NamedTuple):
+    """What compression must not do to a gradient; beyond it all ranks send bfloat16 instead."""
+
+    every: int = 100
+    """Steps between two looks; 0 looks never."""
+    min_cosine: float = 0.0
+    """Between a gradient, with what was left of the steps before, and what is sent of it."""
+    max_residual: float = 1000.0
+    """Norm of what is left, in norms of the gradient."""
+    max_loss: float = 3.0
+    """Loss, in running averages of the loss; where losses are reported."""
+    pause: int = 500
+    """Steps without compression before it is tried again."""
+    tries: int = 3
+    """Suspensions after which it is not tried again."""
+
+
+class Auto(NamedTuple):
+    """Compress as pays: measured in the first steps, in which nothing is compressed."""
+
+    candidates: tuple[Any, ...] = ("none", "fp16", "int8", "powersgd:rank=4", "topk", "onebit")
+    """Schemes to choose from, those that change gradients least first."""
+    steps: int = 10
+    """Steps after which to choose."""
+    gain: float = 0.03
+    """By what part of a step a scheme must be faster than those before it."""
+
+
+class Rule(NamedTuple):
+    """Which parameters a scheme is for."""
+
+    scheme: Scheme
+    pattern: str = "*"
+    """A shell pattern on the name."""
+    min_bytes: int = MIN_BYTES
+    min_ndim: int = MIN_NDIM
+
+    def matches(self, name: str, shape: Sequence[int], dtype: Any) -> bool:
+        """Tell whether a parameter is one of them."""
+        nbytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+        return (
+            fnmatch.fnmatchcase(name, self.pattern)
+            and nbytes >= self.min_bytes
+            and len(shape) >= self.min_ndim
+        )
+
+
+class Travel(NamedTuple):
+    """How a gradient travels."""
+
+    dtype: np.dtype[np.generic]
+    """Of its bucket."""
+    scheme: Scheme | None
+    """None for an all-reduce of the bucket as it is."""
+
+
+def _travel(scheme: Scheme, dtype: np.dtype[np.generic]) -> Travel:
+    plain = scheme.residual == "off" and not scheme.warmup and not scheme.shared_momentum
+    if scheme.name == "none" and not scheme.shared_momentum:
+        return Travel(dtype, None)
+    if plain and isinstance(scheme.compressor, Cast):
+        return Travel(scheme.compressor.wire_dtype, None)
+    return Travel(np.dtype(np.float32), scheme)
+
+
+class Policy(NamedTuple):
+    """Rules in order: the first that matches counts; none means dense."""
+
+    rules: tuple[Rule, ...]
+    limits: Limits = Limits()
+    """When compression is suspended."""
+    seed: int = 0
+    auto: Auto | None = None
+    """Choose the rules after the first steps."""
+    checked: bool = True
+    """Refuse what is known not to converge; see ``hpc_dl.compress.pairs``."""
+
+    @property
+    def lossy(self) -> bool:
+        """Whether any rule does more than cast."""
+        return any(_travel(r.scheme, np.dtype(np.float32)).scheme is not None for r in self.rules)
+
+    @property
+    def takes_momentum(self) -> bool:
+        """Whether any rule takes momentum, which the optimizer must not take again."""
+        return any(
+            r.scheme.momentum or getattr(r.scheme.compressor, "owns_momentum", False)
+            for r in self.rules
+        )
+
+    @property
+    def cast(self) -> str | None:
+        """The name of the cast that all gradients travel as; None where there is more to it."""
+        if not self.rules:
+            return "none" if self.auto is None else None
+        rule = self.rules[0]
+        everything = rule.pattern == "*" and not rule.min_bytes and not rule.min_ndim
+        return rule.scheme.name if everything and not self.lossy else None
+
+    def describe_type(self, dtype: Any) -> str:
+        """Say in which type a gradient comes and how it travels: what ranks compare."""
+        name = str(getattr(dtype, "name", dtype))
+        said = self.describe()
+        return f"{name}, {said}" if said else name
+
+    def describe(self) -> str:
+        """Say what is compressed how, the same for equal policies."""
+        rules = (
+            f"{r.pattern}>={r.min_bytes}B,{r.min_ndim}d: {r.scheme.describe()}" for r in self.rules
+        )
+        said = ["; ".join(rules) if self.auto is None else f"auto: {self.auto}"]
+        if self.limits != Limits():
+            said.append(str(self.limits))
+        if self.seed:
+            said.append(f"seed={self.seed}")
+        return "; ".join(said)
+
+    def travel(self, name: str, shape: Sequence[int], dtype: Any) -> Travel:
+        """Say how a parameter's gradient travels.
+
+        Only real floating-point gradients are compressed, whatever the rules say.
+        """
+        dtype = np.dtype(dtype)
+        if _is_real(dtype):
+            for rule in self.rules:
+                if rule.matches(name, shape, dtype):
+                    return _travel(rule.scheme, dtype)
+        return Travel(dtype, None)
+
+
+def _is_real(dtype: Any) -> bool:
+    return bool(np.dtype(dtype).kind == "f" or np.dtype(dtype).name == "bfloat16")
+
+
+def only(
+    pattern: str, compression: Any, min_bytes: int = MIN_BYTES, min_ndim: int = MIN_NDIM
+) -> Rule:
+    """Compress only parameters whose name matches a shell pattern.
+
+    Args:
+        compression: a spec string, a mapping, a compressor or a scheme.
+        min_bytes: smaller parameters stay dense.
+        min_ndim: so do those of fewer dimensions.
+    """
+    if min_bytes < 0 or min_ndim < 0:
+        raise OptionError(f"min_bytes={min_bytes}, min_ndim={min_ndim}; give 0 or more")
+    return Rule(_scheme(compression), pattern, min_bytes, min_ndim)
+
+
+def policy_of(compression: Any) -> Policy:
+    """Read what the user gives as ``compression``.
+
+    Args:
+        compression: a spec string, a mapping with a ``name``, a compressor, a scheme, a
+            rule, or a list of rules and of pairs (pattern, compression); ``"auto"``, or an
+            ``Auto``.
+
+    Raises:
+        OptionError: something else, or a bad name or option.
+
+    >>> policy = policy_of([("*.bias", "none"), ("*", "topk:ratio=0.01")])
+    >>> policy.travel("fc.weight", (1000, 1000), "float32").scheme.name
+    'topk'
+    """
+    if isinstance(compression, Policy):
+        return compression
+    if compression == "auto":
+        compression = Auto()
+    if isinstance(compression, Auto):
+        for candidate in compression.candidates:
+            _scheme(candidate)  # fails here and now
+        return Policy((), auto=compression)
+    if isinstance(compression, Rule):
+        return Policy((compression,))
+    if isinstance(compression, list | tuple) and not isinstance(compression, Scheme):
+        rules = tuple(_rule(item) for item in compression)
+    else:
+        rules = (_default_rule(compression),)
+    nothing = all(rule.scheme.name == "none" for rule in rules)
+    return Policy(() if nothing else rules)
+
+
+def _rule(item: Any) -> Rule:
+    if isinstance(item, Rule):
+        return item
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+        return _default_rule(item[1])._replace(pattern=item[0])
+    raise OptionError(
+        f"compression rule {item!r}: give only(pattern, compression) or a pair "
+        "(pattern, compression)"
+    )
+
+
+def _default_rule(compression: Any) -> Rule:
+    scheme = _scheme(compression)
+    # A cast harms small parameters no more than large ones.
+    if isinstance(scheme.compressor, Cast):
+        return Rule(scheme, min_bytes=0, min_ndim=0)
+    return Rule(scheme)
+
+
+def _scheme(compression: Any) -> Scheme:
+    if isinstance(compression, str | Mapping):
+        return registry.make(compression)
+    if isinstance(compression, Compressor | Scheme):
+        return scheme_of(compression)
+    raise OptionError(
+        f"compression={compression!r}: give a name (valid: {', '.join(registry.names())}), "
+        "name:key=value, a mapping with a 'name', a compressor, or a list of rules"
+    )

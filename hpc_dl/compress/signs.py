@@ -1,0 +1,79 @@
+"""One bit for each value: signSGD and the scaled sign."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from hpc_dl.compress.base import Bytes, Codec, Floats, Unit
+from hpc_dl.compress.kernels import signs
+
+
+@dataclass(frozen=True)
+class OneBit(Codec):
+    """The sign of each value, and the mean magnitude of each block of 1024.
+
+    Karimireddy et al., "Error feedback fixes SignSGD", ICML 2019; the reducing rank encodes
+    with a residual of its own (Tang et al., "DoubleSqueeze", ICML 2019).
+    """
+
+    name: ClassVar[str] = "onebit"
+    summary: ClassVar[str] = "sign, and mean magnitude of each 1024"
+    needs_feedback: ClassVar[bool] = True
+    align: ClassVar[int] = signs.BLOCK
+
+    def payload_bytes(self, unit: Unit, size: int) -> float:
+        """Return a bit for each value and four bytes for each block."""
+        return unit.size / 8 + 4 * -(-unit.size // signs.BLOCK)
+
+    def encode(self, x: Floats, key: int) -> Bytes:
+        """Encode ``x``."""
+        return self.encode_with_residual(x, np.zeros_like(x), key)
+
+    def encode_with_residual(self, x: Floats, left: Floats, key: int) -> Bytes:
+        """Encode ``x + left``; ``left`` becomes the rest."""
+        blocks = -(-len(x) // signs.BLOCK)
+        payload = np.empty(4 * blocks + -(-len(x) // 8), np.uint8)
+        signs.encode(x, left, payload[: 4 * blocks].view(np.float32), payload[4 * blocks :])
+        return payload
+
+    def decode(self, payload: Bytes, out: Floats) -> None:
+        """Write the decoded values."""
+        self._decode(payload, out, add=False)
+
+    def decode_add(self, payload: Bytes, out: Floats) -> None:
+        """Add the decoded values."""
+        self._decode(payload, out, add=True)
+
+    def _decode(self, payload: Bytes, out: Floats, add: bool) -> None:
+        blocks = -(-len(out) // signs.BLOCK)
+        signs.decode(payload[: 4 * blocks].view(np.float32), payload[4 * blocks :], out, add)
+
+
+@dataclass(frozen=True)
+class SignSgd(Codec):
+    """The sign of each value alone; the ranks take a majority vote.
+
+    What comes out is ``scale`` or ``-scale``: choose the learning rate for that. Bernstein et
+    al., "signSGD with majority vote", ICLR 2019.
+    """
+
+    scale: float = 1.0
+
+    name: ClassVar[str] = "signsgd"
+    summary: ClassVar[str] = "sign alone, by majority vote"
+    keeps_scale: ClassVar[bool] = False
+    align: ClassVar[int] = 8
+
+    def payload_bytes(self, unit: Unit, size: int) -> float:
+        """Return a bit for each value."""
+        return unit.size / 8
+
+    def encode(self, x: Floats, key: int) -> Bytes:
+        """Encode ``x``."""
+        return np.packbits(x < 0, bitorder="little")
+
+    def decode(self, payload: Bytes, out: Floats) -> None:
+        """Write plus or minus ``scale``."""
+        negative = np.unpackbits(payload, count=len(out), bitorder="little")
+        out[:] = np.float32(self.scale) * (1 - 2 * negative.astype(np.float32))

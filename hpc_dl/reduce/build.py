@@ -1,0 +1,77 @@
+"""Plan the buckets of a set of gradients, and make the reducer that serves them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hpc_dl.arrays import Layout, Parameter, plan
+from hpc_dl.comm import Communicator, Op
+from hpc_dl.compress import Policy
+from hpc_dl.errors import OptionError
+from hpc_dl.reduce.compression import BucketCompression, Clock
+from hpc_dl.reduce.reducer import Reducer
+
+#: Nothing is compressed.
+DENSE = Policy(())
+
+
+def make_reducer(
+    comm: Communicator,
+    parameters: Sequence[Parameter],
+    op: Op,
+    capacity: int,
+    *,
+    policy: Policy = DENSE,
+    groups: Sequence[Sequence[str]] = (),
+    scale: float = 1.0,
+    make_buffers: Callable[[Layout], list[Any]] | None = None,
+    agree: Callable[[], object] | None = None,
+    name: str | None = None,
+    clock: Clock | None = None,
+) -> Reducer:
+    """Make a reducer; all ranks call this alike.
+
+    Args:
+        parameters: with the types of their gradients, in the order in which these become
+            ready.
+        capacity: bytes at which a bucket is closed.
+        policy: which gradients are compressed how; they lie in buckets of their own.
+        groups: names of gradients that travel together.
+        make_buffers: makes a flat buffer for each bucket of a layout.
+        scale, agree, name: as for ``Reducer``.
+        clock: as for ``BucketCompression``.
+
+    Raises:
+        OptionError: compression of anything but an average or a sum.
+    """
+    travels = {p.name: policy.travel(p.name, p.shape, p.dtype) for p in parameters}
+    sent = [p._replace(dtype=travels[p.name].dtype) for p in parameters]
+    kinds = {name: travel.scheme for name, travel in travels.items()}
+    layout = plan(sent, capacity, groups, kinds)
+    schemes = [kinds[bucket.parameters[0].name] for bucket in layout.buckets]
+    compression = None
+    if any(scheme is not None for scheme in schemes):
+        check_op(op)
+        compression = BucketCompression(
+            comm, layout, schemes, op, scale, policy.limits, policy.seed, clock
+        )
+    return Reducer(
+        comm,
+        layout,
+        op,
+        scale,
+        None if make_buffers is None else make_buffers(layout),
+        agree,
+        name,
+        compression,
+        dense_bytes=sum(parameter.nbytes for parameter in parameters),
+    )
+
+
+def check_op(op: Op) -> None:
+    """Refuse to compress what is no mean.
+
+    Raises:
+        OptionError: another op than AVERAGE and SUM.
+    """
+    if op not in (Op.AVERAGE, Op.SUM):
+        raise OptionError(f"compression goes with op=Average or Sum; got op={op.value}")

@@ -1,0 +1,20 @@
+"""How a compressed bucket is averaged: the reduction class chooses the collective."""
+
+from hpc_dl.comm import Communicator
+from hpc_dl.compress import AllReduced, Codec, Scheme, Unit
+from hpc_dl.reduce.exchange.base import Exchange, Health
+from hpc_dl.reduce.exchange.gather import Gather
+from hpc_dl.reduce.exchange.rounds import Rounds
+from hpc_dl.reduce.exchange.two_phase import TwoPhase
+
+__all__ = ["Exchange", "Health", "make_exchange"]
+
+
+def make_exchange(comm: Communicator, unit: Unit, scheme: Scheme, seed: int = 0) -> Exchange:
+    """Make the exchange that a scheme's compressor calls for."""
+    kind: type[Exchange] = Gather
+    if isinstance(scheme.compressor, AllReduced):
+        kind = Rounds
+    elif isinstance(scheme.compressor, Codec):
+        kind = TwoPhase
+    return kind(comm, unit, scheme, seed)

@@ -1,0 +1,98 @@
+"""The guard of compression: look now and then at what it does to gradients, and suspend it.
+
+All ranks see the same figures, so all suspend it on the same step: they flush their
+residuals once, send bfloat16 for a while, and try again a few times.
+"""
+
+import logging
+import math
+
+import numpy as np
+
+from hpc_dl.comm import Communicator
+from hpc_dl.compress import Limits
+from hpc_dl.reduce.exchange import Health
+
+log = logging.getLogger("hpc_dl.compress")
+
+#: Weight of a new loss in the running average.
+_NEW = 0.1
+#: The step until which compression is suspended for good.
+_NEVER = 2**62
+
+
+class Quality:
+    """Decides, alike on all ranks, whether compression goes on."""
+
+    def __init__(self, comm: Communicator, limits: Limits):
+        """Begin with compression on."""
+        self._comm, self._limits = comm, limits
+        self._seen: list[Health] = []
+        self._until = 0
+        self._average_loss = math.nan
+        self.loss = math.nan
+        """The last loss that this rank reported; NaN for none."""
+        self.reasons: list[str] = []
+        """Why compression was suspended, each time."""
+
+    def looks(self, step: int) -> bool:
+        """Tell whether this step is watched."""
+        every = self._limits.every
+        return every > 0 and step % every == every - 1
+
+    def suspended(self, step: int) -> bool:
+        """Tell whether gradients are sent uncompressed in this step."""
+        return step < self._until
+
+    def add(self, health: Health) -> None:
+        """Take note of one bucket."""
+        self._seen.append(health)
+
+    def judge(self, step: int) -> None:
+        """Agree with all ranks, at the end of a watched step, whether to go on."""
+        if not self.looks(step) or self.suspended(step):
+            return
+        seen, self._seen = self._seen, []
+        if not seen:
+            return
+        # All ranks must take this path alike, so what is not finite is counted, not raised.
+        mine = Health(*np.sum(np.array(seen), axis=0).tolist())
+        rows = self._comm.exchange(np.array([*mine, self.loss], np.float64))
+        together = Health(*rows[:, :-1].sum(axis=0).tolist())
+        reason = self._of_gradients(together) or self._of_losses(rows[:, -1])
+        if reason is not None:
+            self._suspend(step, reason)
+
+    def _of_gradients(self, seen: Health) -> str | None:
+        if seen.not_finite:  # This step is no matter of compression, and tells nothing.
+            return None
+        both = math.sqrt(seen.whole * seen.sent)
+        cosine = seen.product / both if both > 0 else 1.0
+        if cosine < self._limits.min_cosine:
+            return f"the cosine of a gradient and what is sent of it is {cosine:.3g}"
+        ratio = math.sqrt(seen.left / seen.gradient) if seen.gradient > 0 else 0.0
+        if ratio > self._limits.max_residual:
+            return f"what is left of the steps before is {ratio:.3g} times the gradient"
+        return None
+
+    def _of_losses(self, losses: np.ndarray) -> str | None:
+        if np.isnan(losses).all():
+            return None
+        loss, average = float(np.nanmean(losses)), self._average_loss
+        self._average_loss = loss if math.isnan(average) else average + _NEW * (loss - average)
+        if loss > self._limits.max_loss * average > 0:
+            self._average_loss = average
+            return f"the loss is {loss:.4g}, and was {average:.4g}"
+        return None
+
+    def _suspend(self, step: int, reason: str) -> None:
+        self.reasons.append(reason)
+        final = len(self.reasons) >= self._limits.tries
+        self._until = _NEVER if final else step + 1 + self._limits.pause
+        if self._comm.rank == 0:
+            log.warning(
+                "step %d: compression is suspended %s, gradients travel as bfloat16: %s",
+                step,
+                "for good" if final else f"for {self._limits.pause} steps",
+                reason,
+            )

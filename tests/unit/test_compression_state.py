@@ -1,0 +1,314 @@
+"""What compression keeps between steps, by parameter: saved, moved to other buckets and ranks."""
+
+import copy
+import itertools
+import pickle
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hpc_dl.arrays import Layout, Parameter, plan
+from hpc_dl.comm import Communicator, Op
+from hpc_dl.compress import (
+    Floats,
+    Round,
+    Scheme,
+    Sparsifier,
+    State,
+    Step,
+    Unit,
+    make,
+    momentum_correction,
+)
+from hpc_dl.compress.casts import Float16
+from hpc_dl.compress.demo import Demo
+from hpc_dl.compress.scheme import scheme_of
+from hpc_dl.reduce import Saved, reshard
+from hpc_dl.reduce.compression import BucketCompression
+from hpc_dl.testing import run_threads
+
+pytestmark = pytest.mark.timeout(60)
+
+F32 = np.dtype(np.float32)
+#: Names of which one ends with another, and shapes that leave gaps.
+PARAMETERS = [
+    Parameter("w", (37, 29), F32),
+    Parameter("a.w", (31, 41), F32),
+    Parameter("bias", (7,), F32),
+    Parameter("b.a.w", (64, 33), F32),
+]
+ONE = plan(PARAMETERS, 1 << 30)
+SEVERAL = plan(PARAMETERS[::-1], 4 * 37 * 29)
+assert (len(ONE.buckets), len(SEVERAL.buckets)) == (1, 4)
+
+SPECS = [
+    "onebit",
+    "onebit:error_feedback=int8",
+    "topk:ratio=0.1,error_feedback=bf16",
+    "topk:ratio=0.4,momentum=0.9",
+    "powersgd:rank=2",
+    "randomk:ratio=0.1",
+    "int4",
+]
+
+
+def gradient(name: str, rank: int, step: int) -> Floats:
+    size = next(p.size for p in PARAMETERS if p.name == name)
+    return np.random.default_rng([len(name), rank, step]).standard_normal(size, np.float32)
+
+
+class Run:
+    """Steps of one rank."""
+
+    def __init__(
+        self, comm: Communicator, scheme: Scheme, layout: Layout = ONE, op: Op = Op.AVERAGE
+    ):
+        self.comm, self.layout = comm, layout
+        self.compression = BucketCompression(comm, layout, [scheme] * len(layout.buckets), op)
+        self._buffers = [np.zeros(bucket.size, F32) for bucket in layout.buckets]
+
+    def step(self, number: int, first_rank: int = 0) -> dict[str, Floats]:
+        """Average all gradients; return them by name."""
+        found = {}
+        for index, bucket in enumerate(self.layout.buckets):
+            buffer = self._buffers[index]
+            places = [
+                (p.name, slice(o, o + p.size))
+                for p, o in zip(bucket.parameters, bucket.offsets, strict=True)
+            ]
+            for name, place in places:
+                buffer[place] = gradient(name, self.comm.rank + first_rank, number)
+            self.compression.run(index, buffer)
+            found |= {name: buffer[place].copy() for name, place in places}
+        return found
+
+
+def saved_after(scheme: Scheme, size: int, steps: int, layout: Layout = ONE) -> list[Saved]:
+    """Return each rank's state after some steps."""
+
+    def main(comm: Communicator) -> Saved:
+        run = Run(comm, scheme, layout)
+        for step in range(steps):
+            run.step(step)
+        return run.compression.state_dict()
+
+    return run_threads(size, main)
+
+
+def same(one: Saved, two: Saved) -> bool:
+    flat = [
+        {(name, key): (a.dtype, a.tobytes()) for name, s in saved.items() for key, a in s.items()}
+        for saved in (one, two)
+    ]
+    return flat[0] == flat[1]
+
+
+def owed(saved: Sequence[Saved], name: str, key: str) -> Any:
+    return np.stack([rank[name][key].astype(np.float64) for rank in saved])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("spec", SPECS)
+def test_goes_on_as_if_never_stopped(spec: str, size: int) -> None:
+    def main(comm: Communicator) -> None:
+        one, two = Run(comm, make(spec)), Run(comm, make(spec))
+        for step in range(3):
+            one.step(step)
+        two.compression.load_state_dict(pickle.loads(pickle.dumps(one.compression.state_dict())))
+        assert same(one.compression.state_dict(), two.compression.state_dict())
+        for step in range(3, 6):
+            a, b = one.step(step), two.step(step)
+            for name in a:
+                assert a[name].tobytes() == b[name].tobytes(), (name, step)
+        assert same(one.compression.state_dict(), two.compression.state_dict())
+
+    run_threads(size, main)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_state_is_by_parameter(spec: str) -> None:
+    scheme = make(spec)
+    for saved in saved_after(scheme, 2, 2):
+        assert set(saved) == {p.name for p in PARAMETERS}
+        for parameter in PARAMETERS:
+            kept = saved[parameter.name]
+            assert kept["step"] == 2
+            assert kept["residual"].shape == (parameter.size,)
+            assert ("momentum" in kept) == bool(scheme.momentum)
+            low_rank = spec.startswith("powersgd") and len(parameter.shape) == 2
+            assert (f"state.q.{parameter.name}" in kept) == low_rank
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(("there", "back"), [(ONE, SEVERAL), (SEVERAL, ONE)])
+def test_survives_other_buckets(spec: str, there: Layout, back: Layout) -> None:
+    """What is owed, the momentum, the step and each parameter's state are the same."""
+    states = saved_after(make(spec), 1, 3, there)
+
+    def main(comm: Communicator) -> Saved:
+        run = Run(comm, make(spec), back)
+        run.compression.load_state_dict(states[0])
+        return run.compression.state_dict()
+
+    (moved,) = run_threads(1, main)
+    for name in states[0]:
+        before = states[0][name]
+        own = {k for k in before if not k.startswith("state.") or k == f"state.q.{name}"}
+        for key in own:
+            a, b = before[key].astype(np.float64), moved[name][key].astype(np.float64)
+            # Types of few bits have their scale for each block, which now lies elsewhere.
+            step = np.abs(a).max(initial=0) / 120 if "int8" in spec else 0
+            np.testing.assert_allclose(b, a, rtol=0, atol=step)
+
+
+def test_state_of_another_compressor_is_left_out() -> None:
+    (saved,) = saved_after(make("powersgd:rank=2"), 1, 2)
+
+    def main(comm: Communicator) -> Saved:
+        run = Run(comm, make("topk"))
+        run.compression.load_state_dict(saved)
+        return run.compression.state_dict()
+
+    (taken,) = run_threads(1, main)
+    assert set(taken["w"]) == {"residual", "server", "step"}
+    np.testing.assert_array_equal(taken["w"]["residual"], saved["w"]["residual"])
+
+
+def test_what_was_saved_is_a_copy() -> None:
+    for spec in SPECS:
+
+        def main(comm: Communicator, spec: str = spec) -> None:
+            run = Run(comm, make(spec))
+            run.step(0)
+            saved = run.compression.state_dict()
+            before = copy.deepcopy(saved)
+            run.step(1)
+            assert same(saved, before)
+            run.compression.load_state_dict(saved)
+            run.step(2)
+            assert same(saved, before)
+
+        run_threads(2, main)
+
+
+@dataclass(frozen=True)
+class Counting(Float16):
+    """Changes its state in place."""
+
+    def init(self, unit: Unit) -> State:
+        return {f"steps.{segment.name}": np.zeros(1) for segment in unit.segments}
+
+    def rounds(
+        self, x: Floats, out: Floats, left: Floats | None, state: State, unit: Unit, step: Step
+    ) -> Generator[Round, None, None]:
+        for counter in state.values():
+            counter += 1
+        yield from super().rounds(x, out, left, state, unit, step)
+
+
+def test_what_was_saved_does_not_count_on() -> None:
+    def main(comm: Communicator) -> None:
+        run = Run(comm, scheme_of(Counting()))
+        run.step(0)
+        saved = run.compression.state_dict()
+        run.step(1)
+        assert saved["w"]["state.steps.w"].tolist() == [1]
+        run.compression.load_state_dict(saved)
+        run.step(2)
+        assert saved["w"]["state.steps.w"].tolist() == [1]
+        assert run.compression.state_dict()["w"]["state.steps.w"].tolist() == [2]
+
+    run_threads(2, main)
+
+
+def test_nothing_saved_changes_nothing() -> None:
+    def main(comm: Communicator) -> None:
+        run = Run(comm, make("onebit"))
+        run.step(0)
+        before = run.compression.state_dict()
+        run.compression.load_state_dict({})
+        assert same(before, run.compression.state_dict())
+
+    run_threads(2, main)
+    assert reshard([]) == {}
+
+
+# --- other numbers of ranks -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 3), (1, 3), (3, 1), (2, 2)])
+def test_reshard_keeps_what_is_owed(spec: str, old: int, new: int) -> None:
+    """The mean of the residuals, and the sum of those of the summing ranks."""
+    scheme = make(spec)
+    states = saved_after(scheme, old, 3)
+    before = copy.deepcopy(states)
+    merged = reshard(states)
+    assert all(same(a, b) for a, b in zip(states, before, strict=True))
+
+    def main(comm: Communicator) -> Saved:
+        run = Run(comm, scheme)
+        run.compression.load_state_dict(merged)
+        return run.compression.state_dict()
+
+    taken = run_threads(new, main)
+    for parameter in PARAMETERS:
+        name = parameter.name
+        for rank in taken:
+            assert rank[name]["step"] == 3
+        for key, combine in (("residual", np.mean), ("momentum", np.mean), ("server", np.sum)):
+            if key not in states[0][name]:
+                continue
+            was = combine(owed(states, name, key), axis=0)
+            now = combine(owed(taken, name, key), axis=0)
+            step = {"fp32": 1e-6, "bf16": 2.0**-8, "int8": 1 / 120}[scheme.residual]
+            reach = max(np.abs(rank[n][key]).max() for rank in states for n in rank)
+            assert np.abs(now - was).max() <= step * reach * (old if key == "server" else 1)
+    assert states[0]["w"]["residual"].any() or states[0]["w"]["server"].any()
+
+
+@pytest.mark.parametrize("op", [Op.AVERAGE, Op.SUM])
+@pytest.mark.parametrize("spec", ["onebit", "topk:ratio=0.4", "topk:ratio=0.05"])
+def test_nothing_is_lost_over_a_change_of_ranks(spec: str, op: Op) -> None:
+    """All that came out, and all that is owed in the end, is all that was given."""
+    sizes, steps = (3, 2, 1, 3), 3
+    total = {p.name: np.zeros(p.size) for p in PARAMETERS}
+    states: list[Saved] = []
+    numbers = itertools.count()
+    for size in sizes:
+        merged = reshard(states)
+        mine = [next(numbers) for _ in range(steps)]
+
+        def main(
+            comm: Communicator, merged: Saved = merged, mine: Sequence[int] = mine
+        ) -> tuple[list[dict[str, Floats]], Saved]:
+            run = Run(comm, make(spec), op=op)
+            run.compression.load_state_dict(merged)
+            return [run.step(number) for number in mine], run.compression.state_dict()
+
+        found = run_threads(size, main)
+        states = [state for _, state in found]
+        unit = size if op is Op.SUM else 1  # of a mean in what is returned
+        for number, out in zip(mine, found[0][0], strict=True):
+            for name, value in out.items():
+                mean = np.mean([gradient(name, r, number) for r in range(size)], axis=0)
+                total[name] += mean - value / unit
+    for name, rest in total.items():
+        left = owed(states, name, "residual").mean(axis=0)
+        left += owed(states, name, "server").sum(axis=0)
+        np.testing.assert_allclose(left, rest, rtol=0, atol=1e-3)
+        assert np.abs(rest).max() > 0.1
+
+
+def test_reshard_of_a_transform() -> None:
+    """What summing ranks owe of coefficients is added up as coefficients."""
+    scheme = momentum_correction(Demo(k=30, decay=1.0), 0)
+    assert isinstance(scheme.compressor, Sparsifier)
+    states = saved_after(scheme, 3, 2)
+    merged = reshard(states)
+    for name in merged:
+        total = owed(states, name, "server").sum(axis=0)
+        np.testing.assert_allclose(merged[name]["server"], total, rtol=0, atol=1e-5)
