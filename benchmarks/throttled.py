@@ -28,8 +28,11 @@ from hpc_dl.launch.request import Request, launch
 from hpc_dl.testing.hosts import Hosts
 
 #: Layers, and values of each side: 25.2 million parameters.
-LAYERS, SIDE, BATCH = 6, 2048, 4
+LAYERS, SIDE, BATCH = 6, 2048, 2
+#: The optimizer without any reduction: what a step costs where the network is free.
+ALONE = "alone"
 OURS = (
+    ALONE,
     "none",
     "fp16",
     "bf16",
@@ -93,6 +96,8 @@ def ours(peer: str) -> tuple[Callable[[], None], Callable[[], float]]:
     from hpc_dl.compress import Auto, unchecked
 
     model = network()
+    if peer == ALONE:
+        return stepper(model, torch.optim.SGD(model.parameters(), lr=1e-4)), lambda: 0.0
     compression = Auto(steps=AUTO_STEPS) if peer == "auto" else unchecked(peer)
     optimizer = hvd.DistributedOptimizer(
         torch.optim.SGD(model.parameters(), lr=1e-4),
@@ -124,7 +129,10 @@ def ddp(peer: str) -> tuple[Callable[[], None], Callable[[], float]]:
     from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
     from torch.nn.parallel import DistributedDataParallel
 
-    model = DistributedDataParallel(network())
+    # gloo has two threads, and the PowerSGD hook blocks one while it waits for the other: with
+    # more than one bucket both block for ever.
+    megabytes = 1000 if "powersgd" in peer else 25
+    model = DistributedDataParallel(network(), bucket_cap_mb=megabytes)
     if "fp16" in peer:
         model.register_comm_hook(None, default_hooks.fp16_compress_hook)
     if "powersgd" in peer:
@@ -183,7 +191,8 @@ def measure(hosts: Hosts, family: str, peers: list[str]) -> Results:
             arguments=[*arguments, "--address", hosts.address(0)],
             ranks=len(hosts.names),
             mpirun_options=hosts.mpirun_options(1),
-            environment={"OMP_NUM_THREADS": "1"},
+            # All ranks share the cores of this machine: one that waits must not spin.
+            environment={"OMP_NUM_THREADS": "1", "OMPI_MCA_mpi_yield_when_idle": "1"},
         )
         code = launch(request, sys.stdout.buffer, sys.stderr.buffer).code
         if code:

@@ -43,8 +43,9 @@ def groups(folder: Path) -> list[Group]:
     """Sort the test files by the framework in their name; ``other`` for those without."""
     sorted_files: dict[str, list[str]] = {}
     for path in sorted(folder.glob("test_*.py")):
-        word = path.stem.split("_")[1]
-        sorted_files.setdefault(word if word in FRAMEWORKS else "other", []).append(str(path))
+        words = path.stem.split("_")
+        framework = next((word for word in words if word in FRAMEWORKS), "other")
+        sorted_files.setdefault(framework, []).append(str(path))
     keras = tuple(sorted_files.pop("keras", ()))
     on_keras = [Group(f"keras on {name}", keras, name) for name in KERAS_BACKENDS if keras]
     return [*(Group(name, tuple(paths)) for name, paths in sorted_files.items()), *on_keras]

@@ -106,7 +106,8 @@ def _units(params: int) -> tuple[Unit, ...]:
 def _show(specs: tuple[str, ...], found: list[Prediction], chosen: Prediction) -> None:
     by_spec = dict(zip(specs, found, strict=True))
     # What all are compared with: what one would do without, where that is among them.
-    controls = [spec for spec in ("none", "fp16") if spec in by_spec] or [specs[0]]
+    controls: list[str] = [spec for spec in ("none", "fp16") if spec in by_spec]
+    controls = controls or [specs[0]]
     table = Table(show_edge=False)
     table.add_column("compression", no_wrap=True)
     titles = ["MB sent", "network ms", "kernels ms", "step ms"]

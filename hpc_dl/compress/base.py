@@ -170,6 +170,9 @@ class Codec(Compressor):
         """Shards begin at multiples of this; an attribute of the class will do as well."""
         return 1024
 
+    #: Whether the sum is a vote, in which the summing rank's own values count as encoded too.
+    votes: ClassVar[bool] = False
+
     @abstractmethod
     def encode(self, x: Floats, key: int) -> Bytes:
         """Encode finite values.

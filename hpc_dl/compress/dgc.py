@@ -58,7 +58,7 @@ class Dgc(Sparsifier):
 
     def density(self, unit: Unit, step: Step) -> float:
         """Return the part of the entries that is sent in this step, about."""
-        return self._count(unit.size, step) / max(unit.size, 1)
+        return self.count(unit.size, step) / max(unit.size, 1)
 
     def prepare(self, gradient: Floats, size: int) -> None:
         """Clip the norm."""
@@ -70,15 +70,16 @@ class Dgc(Sparsifier):
 
     def select(self, x: Floats, state: State, unit: Unit, step: Step) -> Sparse:
         """Select from ``x``."""
-        return largest(x, None, self._count(len(x), step), True, step)
+        return largest(x, None, self.count(len(x), step), True, step)
 
     def select_with_residual(
         self, x: Floats, left: Floats, state: State, unit: Unit, step: Step
     ) -> Sparse:
         """Select from ``x + left``; ``left`` becomes the rest."""
-        return largest(x, left, self._count(len(x), step), True, step)
+        return largest(x, left, self.count(len(x), step), True, step)
 
-    def _count(self, size: int, step: Step) -> int:
+    def count(self, size: int, step: Step) -> int:
+        """Return how many of ``size`` entries are sent in this step."""
         ratio = self.ratio
         if step.number < self.ramp:
             stage = step.number * STAGES // self.ramp

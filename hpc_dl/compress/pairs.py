@@ -64,9 +64,11 @@ def check(policy: Policy) -> None:
     Raises:
         OptionError: names the remedy.
     """
-    if policy.checked:
-        for rule in policy.rules:
-            _raise(flaw(rule.scheme))
+    if not policy.checked:
+        return
+    candidates = () if policy.auto is None else policy.auto.candidates
+    for rule in (*policy.rules, *(rule for c in candidates for rule in policy_of(c).rules)):
+        _raise(flaw(rule.scheme))
 
 
 def fit(optimizer: Optimizer, policy: Policy) -> tuple[Policy, list[str]]:

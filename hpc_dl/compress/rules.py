@@ -191,9 +191,7 @@ def policy_of(compression: Any) -> Policy:
     if compression == "auto":
         compression = Auto()
     if isinstance(compression, Auto):
-        for candidate in compression.candidates:
-            _scheme(candidate)  # fails here and now
-        return Policy((), auto=compression)
+        return Policy((), auto=_checked(compression))
     if isinstance(compression, Rule):
         return Policy((compression,))
     if isinstance(compression, list | tuple) and not isinstance(compression, Scheme):
@@ -202,6 +200,19 @@ def policy_of(compression: Any) -> Policy:
         rules = (_default_rule(compression),)
     nothing = all(rule.scheme.name == "none" for rule in rules)
     return Policy(() if nothing else rules)
+
+
+def _checked(auto: Auto) -> Auto:
+    """Fail here and now, and not after the first steps; make the candidates hashable."""
+    if not auto.candidates:
+        raise OptionError("Auto: candidates are empty; give what to choose from")
+    if auto.steps < 1:
+        raise OptionError(f"Auto: steps={auto.steps}; give 1 or more")
+    if not 0 <= auto.gain < 1:
+        raise OptionError(f"Auto: gain={auto.gain}; give a part of a step, from 0 to below 1")
+    schemes = [(candidate, _scheme(candidate)) for candidate in auto.candidates]
+    named = (given if isinstance(given, str) else scheme for given, scheme in schemes)
+    return auto._replace(candidates=tuple(named))
 
 
 def _rule(item: Any) -> Rule:

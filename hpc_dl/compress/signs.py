@@ -64,6 +64,7 @@ class SignSgd(Codec):
     summary: ClassVar[str] = "sign alone, by majority vote"
     keeps_scale: ClassVar[bool] = False
     align: ClassVar[int] = 8
+    votes: ClassVar[bool] = True
 
     def payload_bytes(self, unit: Unit, size: int) -> float:
         """Return a bit for each value."""

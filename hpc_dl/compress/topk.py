@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hpc_dl.compress.base import Floats, Sparse, Sparsifier, State, Step, Unit
 from hpc_dl.compress.kernels import topk
@@ -12,7 +13,8 @@ from hpc_dl.errors import OptionError
 
 #: Entries that are looked at to estimate the threshold.
 SAMPLE = 1 << 14
-_TINY = float(np.finfo(np.float32).tiny)
+#: Zeros are never sent, even where most of a gradient is zero.
+TINY = float(np.finfo(np.float32).tiny)
 _NOTHING = np.empty(0, np.float32)
 
 
@@ -72,49 +74,69 @@ def largest(x: Floats, left: Floats | None, count: int, sample: bool, step: Step
         sample: find candidates with an estimated threshold, in one pass, and sort only those.
             Fewer are selected in the rare case that there are too few candidates.
     """
-    if sample and len(x) > 4 * SAMPLE and count < len(x) // 4:
-        # The sample holds few entries above a threshold, so their number is off by about
-        # the root of it; four times that is never off, for all that matters.
-        margin = 1 + 4 * (count * SAMPLE / len(x)) ** -0.5
-        wanted = min(len(x), int(count * margin) + 1)
+    if sample and is_sampled(len(x), count):
+        wanted = with_margin(len(x), count)
         candidates = above(x, left, _sampled(x, left, wanted, step), 2 * wanted)
         return _largest_of(candidates, left, count)
     if left is not None:
         left += x
         x = left
     magnitudes = np.abs(x)
+    kept = magnitudes > 0
     if count < len(x):
-        chosen = np.argpartition(magnitudes, len(x) - count)[len(x) - count :]
-        chosen = np.sort(chosen[magnitudes[chosen] > 0])
-    else:
-        chosen = np.flatnonzero(magnitudes)
+        kept &= _mask_of_largest(magnitudes, count)
+    chosen = np.flatnonzero(kept)
     values = x[chosen]
     if left is not None:
         left[chosen] = 0
     return Sparse(chosen.astype(np.int32, copy=False), values)
 
 
+def is_sampled(size: int, count: int) -> bool:
+    """Tell whether so many entries are enough for a sample to say which are large."""
+    return size > 4 * SAMPLE and count < size // 4
+
+
+def with_margin(size: int, count: int) -> int:
+    """Return how many candidates to look for.
+
+    The sample holds few entries above a threshold, so their number is off by about the root of
+    it; four times that is never off, for all that matters.
+    """
+    margin = 1 + 4 * (count * SAMPLE / size) ** -0.5
+    return min(size, int(count * margin) + 1)
+
+
+def offset_of(size: int, step: Step) -> int:
+    """Return the first entry of the sample."""
+    return key_of("topk", step.seed, step.number, step.rank) % (size // SAMPLE)
+
+
 def _largest_of(candidates: Sparse, left: Floats | None, count: int) -> Sparse:
     """Keep the ``count`` largest; the others go back to ``left``."""
     indices, values = candidates
-    surplus = len(values) - count
-    if surplus <= 0:
+    if len(values) <= count:
         return candidates
-    magnitudes = np.abs(values)
-    threshold = np.partition(magnitudes, surplus)[surplus]
-    kept = magnitudes >= threshold
-    equal = np.flatnonzero(magnitudes == threshold)  # of these perhaps not all
-    kept[equal[len(equal) - (np.count_nonzero(kept) - count) :]] = False
+    kept = _mask_of_largest(np.abs(values), count)
     if left is not None:
         left[indices[~kept]] = values[~kept]
     return Sparse(indices[kept], values[kept])
 
 
+def _mask_of_largest(magnitudes: Floats, count: int) -> NDArray[np.bool_]:
+    """Tell which are the ``count`` largest; of equal ones those that come first."""
+    surplus = len(magnitudes) - count
+    threshold = np.partition(magnitudes, surplus)[surplus]
+    kept: NDArray[np.bool_] = magnitudes >= threshold
+    equal = np.flatnonzero(magnitudes == threshold)  # of these perhaps not all
+    kept[equal[len(equal) - (np.count_nonzero(kept) - count) :]] = False
+    return kept
+
+
 def above(x: Floats, left: Floats | None, threshold: float, room: int) -> Sparse:
     """Select entries of at least a threshold, the first ``room`` of them."""
     indices, values = np.empty(room, np.int32), np.empty(room, np.float32)
-    # Zeros are never sent, even where most of a gradient is zero.
-    bound = np.float32(max(threshold, _TINY))
+    bound = np.float32(max(threshold, TINY))
     memory = _NOTHING if left is None else left
     found = topk.select(x, memory, left is not None, bound, indices, values, True)
     return Sparse(indices[:found].copy(), values[:found].copy())
@@ -123,7 +145,7 @@ def above(x: Floats, left: Floats | None, threshold: float, room: int) -> Sparse
 def _sampled(x: Floats, left: Floats | None, count: int, step: Step) -> float:
     """Estimate the magnitude of the ``count``-th largest entry."""
     stride = len(x) // SAMPLE
-    start = key_of("topk", step.seed, step.number, step.rank) % stride
+    start = offset_of(len(x), step)
     sample = x[start::stride] if left is None else x[start::stride] + left[start::stride]
     sample = np.abs(sample)
     wanted = max(1, round(len(sample) * count / len(x)))

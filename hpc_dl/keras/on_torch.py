@@ -8,6 +8,7 @@ import torch
 
 from hpc_dl.arrays import Layout, Parameter, host_view, torch_view
 from hpc_dl.compress import Policy
+from hpc_dl.compress.device import has_kernels
 from hpc_dl.reduce import Traffic
 from hpc_dl.reduce.build import DENSE
 from hpc_dl.torch.compression import NoneCompressor
@@ -69,10 +70,9 @@ class GradientReduction:
             Parameter(name, tuple(t.shape), host_view(t.new_empty(0, device="cpu")).dtype)
             for name, t in zip(names, sent, strict=True)
         )
-        # Compressors work on the host.
-        on_host = device.type == "cpu" or self._policy.lossy
+        on_host = device.type == "cpu" or not self._compresses_on_device()
         reducer, places = self.reducers.find(
-            parameters, groups, str(device), None if on_host else lambda x: _buffers(x, device)
+            parameters, groups, device, None if on_host else lambda x: _buffers(x, device)
         )
         for tensor, place in zip(sent, places, strict=True):
             _view(place).copy_(tensor.reshape(-1))
@@ -82,6 +82,13 @@ class GradientReduction:
             combined = _view(place).view(tensor.shape)
             own = combined.to(tensor.device, tensor.dtype)
             results[name] = self._compressor.decompress(own, context)
+
+    def _compresses_on_device(self) -> bool:
+        """Tell whether all compressors work there; which ``auto`` chooses is not known."""
+        rules = self._policy.rules
+        return self._policy.auto is None and all(
+            has_kernels(rule.scheme.compressor) for rule in rules
+        )
 
     def _prepared(self, gradient: torch.Tensor) -> torch.Tensor:
         tensor = gradient.detach()

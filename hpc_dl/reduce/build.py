@@ -27,6 +27,7 @@ def make_reducer(
     agree: Callable[[], object] | None = None,
     name: str | None = None,
     clock: Clock | None = None,
+    device: Any = None,
 ) -> Reducer:
     """Make a reducer; all ranks call this alike.
 
@@ -38,7 +39,7 @@ def make_reducer(
         groups: names of gradients that travel together.
         make_buffers: makes a flat buffer for each bucket of a layout.
         scale, agree, name: as for ``Reducer``.
-        clock: as for ``BucketCompression``.
+        clock, device: as for ``BucketCompression``.
 
     Raises:
         OptionError: compression of anything but an average or a sum.
@@ -52,7 +53,7 @@ def make_reducer(
     if any(scheme is not None for scheme in schemes):
         check_op(op)
         compression = BucketCompression(
-            comm, layout, schemes, op, scale, policy.limits, policy.seed, clock
+            comm, layout, schemes, op, scale, policy.limits, policy.seed, clock, device
         )
     return Reducer(
         comm,

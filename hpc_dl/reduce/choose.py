@@ -6,11 +6,12 @@ most data centres float16 is hard to beat (Agarwal et al., "On the utility of gr
 compression", MLSys 2022).
 """
 
+import itertools
 import logging
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,9 +31,15 @@ SETTLING = 2
 class Chooser:
     """Watches the first steps, then chooses."""
 
-    def __init__(self, auto: Auto):
-        """Begin to watch."""
+    def __init__(self, auto: Auto, count: Callable[[], int] | None = None):
+        """Begin to watch.
+
+        Args:
+            count: counts steps alike on all ranks, also after some have joined.
+        """
         self._auto = auto
+        self._count = itertools.count(1).__next__ if count is None else count
+        self._taken = 0
         self._steps: list[float] = []
         self._waits: list[float] = []
         self._backwards: list[float] = []
@@ -51,6 +58,7 @@ class Chooser:
             began: when backward was over and waiting began; ``time.perf_counter``.
             waited: seconds of waiting.
         """
+        self._taken = self._count()
         now = time.perf_counter()
         if self._ended is not None:
             self._steps.append(now - self._ended)
@@ -61,7 +69,7 @@ class Chooser:
 
     def due(self) -> bool:
         """Tell whether enough steps were seen."""
-        return len(self._steps) >= self._auto.steps
+        return self._taken > self._auto.steps
 
     def choose(self, comm: Communicator, parameters: Sequence[Parameter], capacity: int) -> Policy:
         """Choose a policy; all ranks call this alike.
@@ -72,10 +80,9 @@ class Chooser:
         """
         units = _units(parameters, capacity)
         cores = len(os.sched_getaffinity(0)) / comm.local_size
+        seen = (self._steps, self._waits, self._backwards)
         mine = [
-            statistics.median(self._steps[SETTLING:]),
-            statistics.median(self._waits[SETTLING:]),
-            statistics.median(self._backwards[SETTLING:]),
+            *(statistics.median(each[SETTLING:] or each or [0.0]) for each in seen),
             -float(cores >= 2),
         ]
         network = measure_network(comm)

@@ -1,6 +1,7 @@
 """The compressed buckets of one reducer: their exchanges, phases, guard and state."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -8,6 +9,7 @@ import numpy as np
 from hpc_dl.arrays import Bucket, Layout
 from hpc_dl.comm import Communicator, Op
 from hpc_dl.compress import Array, Limits, Scheme, Segment, Unit
+from hpc_dl.errors import OptionError
 from hpc_dl.reduce.exchange import Exchange, make_exchange
 from hpc_dl.reduce.quality import Quality
 
@@ -33,6 +35,7 @@ class BucketCompression:
         limits: Limits = _LIMITS,
         seed: int = 0,
         clock: Clock | None = None,
+        device: Any = None,
     ):
         """Begin with no residuals; all ranks call this alike.
 
@@ -42,15 +45,17 @@ class BucketCompression:
             scale: a factor on the result.
             limits: when compression is suspended.
             clock: tells the number of a step, where it is counted elsewhere.
+            device: as for ``make_exchange``.
         """
         self._comm = comm
-        self._factor = np.float32(scale * (comm.size if op is Op.SUM else 1))
         self._exchanges: dict[int, Exchange] = {
-            number: make_exchange(comm, unit_of(bucket), scheme, seed)
+            number: make_exchange(comm, unit_of(bucket), scheme, seed, device)
             for number, (bucket, scheme) in enumerate(zip(layout.buckets, schemes, strict=True))
             if scheme is not None
         }
-        self._steps = dict.fromkeys(self._exchanges, 0)
+        for exchange in self._exchanges.values():
+            exchange.factor = np.float32(scale * (comm.size if op is Op.SUM else 1))
+        self._step = 0
         self._clock = clock
         self.quality = Quality(comm, limits)
 
@@ -58,24 +63,32 @@ class BucketCompression:
         """Tell whether a bucket is averaged here."""
         return bucket in self._exchanges
 
-    def run(self, bucket: int, buffer: Array) -> int:
+    def note(self, bucket: int) -> None:
+        """Take note that a gradient is on its way to a bucket, in the order of the caller."""
+        self._exchanges[bucket].memory.note()
+
+    def run(self, bucket: int, buffer: Any) -> int:
         """Average a bucket in place; return the bytes this rank sent."""
-        exchange, step = self._exchanges[bucket], self._steps[bucket]
+        exchange = self._exchanges[bucket]
         if self._clock is not None:
-            step = self._clock()
-        self._steps[bucket] = step + 1
+            self._step = self._clock()
+        step = self._step
         if self.quality.suspended(step):
             sent = exchange.run(buffer, step, wire=np.dtype(ml_dtypes.bfloat16))
         else:
             watched = self.quality.looks(step)
             sent = exchange.run(buffer, step, watched)
             if watched and exchange.health is not None:
-                self.quality.add(exchange.health)
+                self.quality.add(exchange.health, not exchange.memory.is_finite(buffer))
         if bucket == max(self._exchanges):  # the last of this step, on all ranks
             self.quality.judge(step)
-        if self._factor != 1:
-            buffer *= self._factor
+            self._step = step + 1
         return sent
+
+    @property
+    def serves_joined(self) -> bool:
+        """Whether a rank that has joined can take part: it has no steps of its own any more."""
+        return self._clock is None
 
     def report_loss(self, loss: float) -> None:
         """Let the guard see this rank's loss."""
@@ -86,7 +99,7 @@ class BucketCompression:
     def state_dict(self) -> Saved:
         """Return what is kept between steps, by parameter; copies."""
         saved: Saved = {}
-        for number, exchange in self._exchanges.items():
+        for exchange in self._exchanges.values():
             arrays = exchange.arrays()
             for segment in exchange.unit.segments:
                 mine = {
@@ -99,25 +112,37 @@ class BucketCompression:
                     for key, value in arrays.items()
                     if key.startswith("state.") and key.endswith(f".{segment.name}")
                 }
-                mine["step"] = np.array(self._steps[number], np.int64)
+                mine["step"] = np.array(self._step, np.int64)
+                mine["guard"] = self.quality.state()
                 saved[segment.name] = mine
         return saved
 
     def load_state_dict(self, saved: Saved) -> None:
         """Take up what ``state_dict`` returned, or what ``reshard`` made of it."""
-        for number, exchange in self._exchanges.items():
+        for exchange in self._exchanges.values():
             arrays = exchange.arrays()
             for segment in exchange.unit.segments:
                 for key, value in saved.get(segment.name, {}).items():
                     if key == "step":
-                        self._steps[number] = int(value)
+                        self._step = max(self._step, int(value))
+                    elif key == "guard":
+                        self.quality.load(value)
                     elif key not in arrays:
                         continue  # of another compressor, or of a parameter elsewhere
                     elif key.startswith("state."):
                         arrays[key] = value
                     else:
+                        _check_size(segment, key, value)
                         arrays[key][segment.offset : segment.stop] = value
             exchange.load_arrays(arrays)
+
+
+def _check_size(segment: Segment, key: str, value: Array) -> None:
+    if value.size != segment.size:
+        raise OptionError(
+            f"compression state of {segment.name!r}: {key} has {value.size} values, the parameter "
+            f"has {segment.size}; load the state of the same model"
+        )
 
 
 def unit_of(bucket: Bucket) -> Unit:

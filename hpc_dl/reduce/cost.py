@@ -125,13 +125,10 @@ def _unit_cost(
 
 
 def best(predictions: Sequence[Prediction], gain: float = 0.03) -> Prediction:
-    """Choose: the first that no later one beats by more than ``gain``.
+    """Choose the first that none beats by more than ``gain``, a part of its step.
 
     Args:
         predictions: those that change gradients least first.
     """
-    chosen = predictions[0]
-    for candidate in predictions[1:]:
-        if candidate.step < chosen.step * (1 - gain):
-            chosen = candidate
-    return chosen
+    fastest = min(prediction.step for prediction in predictions)
+    return next(p for p in predictions if fastest >= p.step * (1 - gain))

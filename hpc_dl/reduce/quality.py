@@ -28,6 +28,7 @@ class Quality:
         """Begin with compression on."""
         self._comm, self._limits = comm, limits
         self._seen: list[Health] = []
+        self._overflows = 0
         self._until = 0
         self._average_loss = math.nan
         self.loss = math.nan
@@ -44,28 +45,36 @@ class Quality:
         """Tell whether gradients are sent uncompressed in this step."""
         return step < self._until
 
-    def add(self, health: Health) -> None:
-        """Take note of one bucket."""
+    def add(self, health: Health, overflowed: bool = False) -> None:
+        """Take note of one bucket.
+
+        Args:
+            overflowed: what came out of the exchange is not finite.
+        """
         self._seen.append(health)
+        self._overflows += overflowed
 
     def judge(self, step: int) -> None:
         """Agree with all ranks, at the end of a watched step, whether to go on."""
         if not self.looks(step) or self.suspended(step):
             return
         seen, self._seen = self._seen, []
+        overflows, self._overflows = self._overflows, 0
         if not seen:
             return
         # All ranks must take this path alike, so what is not finite is counted, not raised.
         mine = Health(*np.sum(np.array(seen), axis=0).tolist())
-        rows = self._comm.exchange(np.array([*mine, self.loss], np.float64))
-        together = Health(*rows[:, :-1].sum(axis=0).tolist())
-        reason = self._of_gradients(together) or self._of_losses(rows[:, -1])
+        rows = self._comm.exchange(np.array([*mine, overflows, self.loss], np.float64))
+        together = Health(*rows[:, :-2].sum(axis=0).tolist())
+        reason = self._of_gradients(together, rows[:, -2].sum()) or self._of_losses(rows[:, -1])
         if reason is not None:
             self._suspend(step, reason)
 
-    def _of_gradients(self, seen: Health) -> str | None:
+    def _of_gradients(self, seen: Health, overflows: float) -> str | None:
         if seen.not_finite:  # This step is no matter of compression, and tells nothing.
             return None
+        if overflows:
+            return "finite gradients come out as not finite"
         both = math.sqrt(seen.whole * seen.sent)
         cosine = seen.product / both if both > 0 else 1.0
         if cosine < self._limits.min_cosine:
@@ -76,14 +85,28 @@ class Quality:
         return None
 
     def _of_losses(self, losses: np.ndarray) -> str | None:
-        if np.isnan(losses).all():
+        if not np.isfinite(losses).any():
             return None
-        loss, average = float(np.nanmean(losses)), self._average_loss
+        losses = losses[np.isfinite(losses)]
+        loss, average = float(losses.mean()), self._average_loss
         self._average_loss = loss if math.isnan(average) else average + _NEW * (loss - average)
         if loss > self._limits.max_loss * average > 0:
             self._average_loss = average
             return f"the loss is {loss:.4g}, and was {average:.4g}"
         return None
+
+    def state(self) -> np.ndarray:
+        """Return what must be saved."""
+        loss = -1.0 if math.isnan(self._average_loss) else self._average_loss
+        return np.array([self._until, len(self.reasons), loss], np.float64)
+
+    def load(self, saved: np.ndarray) -> None:
+        """Take up what ``state`` returned; of several, the longest suspension counts."""
+        self._until = max(self._until, int(saved[0]))
+        missing = int(saved[1]) - len(self.reasons)
+        self.reasons += ["suspended before this run"] * missing
+        if saved[2] >= 0:
+            self._average_loss = float(saved[2])
 
     def _suspend(self, step: int, reason: str) -> None:
         self.reasons.append(reason)

@@ -11,6 +11,7 @@ from typing import Any
 
 from hpc_dl.arrays import Layout
 from hpc_dl.comm import Communicator, Op, Work
+from hpc_dl.errors import RanksJoinedError
 from hpc_dl.reduce.compression import BucketCompression, Saved
 from hpc_dl.reduce.traffic import Traffic, bytes_of_allreduce
 
@@ -99,6 +100,8 @@ class Reducer:
                 length; where ``takes_place_of`` says so.
         """
         self._missing[bucket] -= 1
+        if self.compression is not None and self.compression.covers(bucket):
+            self.compression.note(bucket)
         if instead is not None:
             self._instead[bucket] = instead
         if self._overlap:
@@ -136,6 +139,11 @@ class Reducer:
 
     def serve(self) -> None:
         """Reduce one bucket, in turn, with zeros, after ``agree``: for a rank that has joined."""
+        if self.compression is not None and not self.compression.serves_joined:
+            raise RanksJoinedError(
+                "1-bit optimizers count their own steps, so a rank that has joined cannot take "
+                "part in the steps of the others; give all ranks equally many batches"
+            )
         bucket = self._served
         self._served = (bucket + 1) % len(self.buffers)
         self.buffers[bucket][:] = 0

@@ -16,6 +16,7 @@ import torch
 from hpc_dl.arrays import BFLOAT16, Layout, Parameter, host_view, torch_view
 from hpc_dl.comm import Op
 from hpc_dl.compress import Policy
+from hpc_dl.compress.device import has_kernels
 from hpc_dl.errors import HpcDlError
 from hpc_dl.reduce import Reducer, Saved, Traffic, make_reducer
 from hpc_dl.reduce.choose import Chooser
@@ -94,15 +95,14 @@ class GradientReduction:
         self._saved: Saved = {}
         self._policy = options.policy
         auto = options.policy.auto
-        self._chooser = None if auto is None else Chooser(auto)
+        count = group.counter("compression.auto")
+        self._chooser = None if auto is None else Chooser(auto, count)
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_grad) for p in self._names]
 
     # --- during backward ------------------------------------------------------------
 
     def _on_grad(self, p: torch.Tensor) -> None:
         assert isinstance(p, torch.nn.Parameter)
-        if self._chooser is not None:
-            self._chooser.gradient()
         self._count[p] += 1
         if self._count[p] > self.passes:
             raise HpcDlError(
@@ -112,6 +112,8 @@ class GradientReduction:
             )
         if self._count[p] < self.passes:
             return
+        if self._chooser is not None:
+            self._chooser.gradient()
         if not self._planned:
             self._order.append(self._names[p])
         elif p in self._places:
@@ -180,7 +182,8 @@ class GradientReduction:
         """Compress from now on as the first steps have shown to be best."""
         named = [(name, p) for name, p in self._named if p in self._places]
         dense = [Parameter(n, tuple(p.shape), _numpy_dtype(p.dtype)) for n, p in named]
-        self._policy = chooser.choose(self._group.comm, dense, BUCKET_BYTES)
+        chosen = chooser.choose(self._group.comm, dense, BUCKET_BYTES)
+        self._policy = self._policy._replace(rules=chosen.rules, auto=None)
         self._chooser = None
         if self._policy.rules:
             self._past = total(reducer.traffic() for reducer in self._reducers)
@@ -253,6 +256,7 @@ class GradientReduction:
             agree=lambda: self._group.agree(call),
             name=call.name,
             clock=options.clock,
+            device=None if on_host else device,
         )
         self._group.register(call.name, reducer)
         self._reducers.append(reducer)
@@ -264,9 +268,11 @@ class GradientReduction:
         self._reducer_by_device[device] = reducer
 
     def _home(self, name: str, p: torch.nn.Parameter) -> torch.device:
-        """Return where a gradient's bucket lies: compressors work on the host."""
-        travel = self._policy.travel(name, tuple(p.shape), _numpy_dtype(p.dtype))
-        return p.device if travel.scheme is None else torch.device("cpu")
+        """Return where a gradient's bucket lies: where its compressor works."""
+        scheme = self._policy.travel(name, tuple(p.shape), _numpy_dtype(p.dtype)).scheme
+        if scheme is None or (p.is_cuda and has_kernels(scheme.compressor)):
+            return p.device
+        return torch.device("cpu")
 
     def _reducer_of(self, place: _Place) -> Reducer:
         return self._reducer_by_device[place.view.device]
@@ -281,7 +287,7 @@ class GradientReduction:
 
     def compression_state(self) -> Saved:
         """Return what compression keeps between steps, by parameter."""
-        if not self._planned:
+        if not self._planned or self._chooser is not None:
             return self._saved
         return state_of(self._reducers)
 

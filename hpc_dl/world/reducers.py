@@ -206,7 +206,9 @@ class Reducers:
         self._saved: Saved = {}
         self._number: int | None = None
         self._past = Traffic(0, 0, 0.0)
-        self._chooser = None if policy.auto is None else Chooser(policy.auto)
+        self._chooser = (
+            None if policy.auto is None else Chooser(policy.auto, group.counter("compression.auto"))
+        )
 
     def agree(self, parameters: tuple[Parameter, ...]) -> str:
         """Make sure that all ranks reduce these gradients; return a digest of them.
@@ -237,7 +239,8 @@ class Reducers:
 
         Args:
             groups: names of gradients that travel together.
-            device: tells apart equal gradients on several devices.
+            device: of torch, on which the gradients are; with ``make_buffers``, buckets are
+                compressed there.
             make_buffers: makes a flat buffer for each bucket of a layout; by default they
                 are in the memory in which the communicator reduces fastest.
 
@@ -246,13 +249,14 @@ class Reducers:
         """
         key = (parameters, groups, device)
         if key not in self._known:
-            self._known[key] = self._make(parameters, groups, make_buffers)
+            self._known[key] = self._make(parameters, groups, device, make_buffers)
         return self._known[key]
 
     def _make(
         self,
         parameters: tuple[Parameter, ...],
         groups: tuple[Names, ...],
+        device: Any,
         make_buffers: Callable[[Layout], list[Any]] | None,
     ) -> Buckets:
         digest = self.agree(parameters)
@@ -270,6 +274,7 @@ class Reducers:
             agree=lambda: self.group.agree(call),
             name=call.name,
             clock=None if self._number is None else lambda: int(self._number or 0),
+            device=None if make_buffers is None else device,
         )
         self.group.register(call.name, reducer)
         load_state([reducer], self._saved)
@@ -282,7 +287,7 @@ class Reducers:
 
     def compression_state(self) -> Saved:
         """Return what compression keeps between steps on this rank, by parameter."""
-        if not self._known:
+        if not self._known or self._chooser is not None:
             return self._saved
         return state_of(buckets.reducer for buckets in self._known.values())
 
@@ -312,6 +317,7 @@ class Reducers:
         self._chooser.step(begin, time.perf_counter() - begin)
         if self._chooser.due() and self.group.all_present():
             everything = [p for bucket in reducer.layout.buckets for p in bucket.parameters]
-            self._policy = self._chooser.choose(self.group.comm, everything, BUCKET_BYTES)
+            chosen = self._chooser.choose(self.group.comm, everything, BUCKET_BYTES)
+            self._policy = self._policy._replace(rules=chosen.rules, auto=None)
             self._past, self._chooser = self.traffic(), None
             self._known.clear()

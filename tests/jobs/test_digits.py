@@ -122,3 +122,44 @@ def test_an_unknown_communicator_lists_the_known_ones(run_job: RunJob) -> None:
     assert run.code == 2
     assert "unknown communicator 'nccl'; valid: auto, horovod, mpi, serial" in run.out + run.err
     assert "Traceback" not in run.out + run.err
+
+
+# --- compression --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_compressed_gradients_learn_and_are_a_fifth_of_the_bytes(
+    framework: str, run_job: RunJob
+) -> None:
+    options = ("--framework", framework, "--epochs", EPOCHS)
+    summary = run_job("digits", *options, "--compression", "powersgd:rank=4").summary
+    assert summary["bytes_dense"] > 5 * summary["bytes_sent"] > 0
+    assert summary["test_accuracy"] >= 0.95
+    assert summary["compression"] == "powersgd:rank=4"
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_without_compression_all_bytes_are_dense(
+    framework: str, trained: Callable[[str], Finished]
+) -> None:
+    summary = trained(framework).summary
+    assert summary["bytes_sent"] == pytest.approx(summary["bytes_dense"], rel=0.001)
+
+
+@pytest.mark.parametrize("ranks", [0, 2])
+def test_an_unknown_compression_lists_the_known_ones(ranks: int, run_job: RunJob) -> None:
+    run = run_job("digits", "--compression", "tpok:ratio=0.1", ranks=ranks)
+    said = run.out + run.err
+    assert run.code == 2
+    assert said.count("unknown compression 'tpok'; valid: auto, bf16, ") == 1
+    assert "Traceback" not in said
+    assert "epoch" not in said
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_momentum_is_taken_once(framework: str, run_job: RunJob) -> None:
+    """DGC takes it before it sends; an optimizer that took it again would be refused."""
+    options = ("--framework", framework, "--epochs", EPOCHS)
+    summary = run_job("digits", *options, "--compression", "dgc:ratio=0.01").summary
+    assert summary["test_accuracy"] >= 0.9
+    assert summary["bytes_dense"] > 5 * summary["bytes_sent"] > 0

@@ -6,6 +6,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
+from hpc_dl.cli.job import momentum_beside
 from hpc_dl.jobs import digits, resnet50
 
 JOBS = [digits.main, resnet50.main]
@@ -55,3 +56,21 @@ def test_help_has_examples_and_defaults(job: click.Command) -> None:
     assert result.exit_code == 0
     assert "Examples:\n" in result.output
     assert "[default: torch]" in result.output
+
+
+@pytest.mark.parametrize(
+    ("compression", "expected"),
+    [
+        ("none", 0.9),
+        ("auto", 0.9),
+        ("powersgd:rank=2", 0.9),
+        ("topk", 0.9),
+        ("dgc", 0.0),
+        ("topk:momentum=0.9", 0.0),
+        ("dgc:momentum=0", 0.9),
+    ],
+)
+def test_the_optimizer_has_momentum_where_compression_has_none(
+    compression: str, expected: float
+) -> None:
+    assert momentum_beside(compression, 0.9) == expected

@@ -82,6 +82,30 @@ def test_nothing_is_left_of_them(two: Hosts) -> None:
     assert prefix not in links.stdout
 
 
+def limits(two: Hosts) -> list[str]:
+    """Return how each link is limited, in both directions."""
+    commands = []
+    for name in two.names:
+        commands.append(["-n", f"{two._prefix}-{name}", "qdisc", "show", "dev", "eth0"])
+        commands.append(["qdisc", "show", "dev", f"{two._prefix}{name}"])
+    return [
+        subprocess.run(
+            ["tc", *command], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+        for command in commands
+    ]
+
+
+def test_a_limit_is_taken_away_and_given_again(two: Hosts) -> None:
+    assert all("rate 20Mbit" in said for said in limits(two))
+    for _ in range(2):  # there is none the second time
+        two.shape(None)
+        assert two.rate is None
+        assert not any("tbf" in said for said in limits(two))
+    two.shape("50mbit")
+    assert all("rate 50Mbit" in said for said in limits(two))
+
+
 def test_what_is_missing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hosts.os, "geteuid", lambda: 1000)
     with pytest.raises(MissingComponentError, match="need root"):

@@ -28,6 +28,7 @@ from hpc_dl.compress.demo import Demo
 from hpc_dl.compress.scheme import scheme_of
 from hpc_dl.reduce import Saved, reshard
 from hpc_dl.reduce.compression import BucketCompression
+from hpc_dl.reduce.exchange import make_exchange
 from hpc_dl.testing import run_threads
 
 pytestmark = pytest.mark.timeout(60)
@@ -173,7 +174,7 @@ def test_state_of_another_compressor_is_left_out() -> None:
         return run.compression.state_dict()
 
     (taken,) = run_threads(1, main)
-    assert set(taken["w"]) == {"residual", "server", "step"}
+    assert set(taken["w"]) == {"residual", "server", "step", "guard"}
     np.testing.assert_array_equal(taken["w"]["residual"], saved["w"]["residual"])
 
 
@@ -300,7 +301,7 @@ def test_nothing_is_lost_over_a_change_of_ranks(spec: str, op: Op) -> None:
         left = owed(states, name, "residual").mean(axis=0)
         left += owed(states, name, "server").sum(axis=0)
         np.testing.assert_allclose(left, rest, rtol=0, atol=1e-3)
-        assert np.abs(rest).max() > 0.1
+        assert np.abs(rest).max() > 0.05
 
 
 def test_reshard_of_a_transform() -> None:
@@ -312,3 +313,38 @@ def test_reshard_of_a_transform() -> None:
     for name in merged:
         total = owed(states, name, "server").sum(axis=0)
         np.testing.assert_allclose(merged[name]["server"], total, rtol=0, atol=1e-5)
+
+
+def test_what_was_owed_of_sums_is_sent_when_entries_are_gathered_again() -> None:
+    """DGC's ramp begins with so many entries that ranks sum shards, and ends with few."""
+    unit, ranks = Unit.single("x", (60, 80)), 4
+    scheme = make("dgc:ratio=0.02,momentum=0,ramp=8")
+
+    def main(comm: Communicator) -> tuple[float, float]:
+        exchange = make_exchange(comm, unit, scheme)
+        given, came = 0.0, 0.0
+        for step in range(400):
+            bucket = np.zeros(unit.size, np.float32)
+            if step < 4:
+                bucket[:] = np.random.default_rng([comm.rank, step]).uniform(0, 1, unit.size)
+            given += float(bucket.sum())
+            exchange.run(bucket, step)
+            came += float(bucket.sum())
+        return given, came
+
+    results = run_threads(ranks, main)
+    assert results[0][1] == pytest.approx(np.mean([given for given, _ in results]), rel=1e-4)
+
+
+def test_the_majority_decides_whoever_sums() -> None:
+    """One rank with large values has one vote in every shard, also in its own."""
+    unit = Unit.single("x", (3, 800))
+
+    def main(comm: Communicator) -> np.ndarray:
+        exchange = make_exchange(comm, unit, make("signsgd"))
+        bucket = np.full(unit.size, -100.0 if comm.rank == 0 else 0.001, np.float32)
+        exchange.run(bucket, 0)
+        return bucket
+
+    for found in run_threads(3, main):
+        np.testing.assert_array_equal(found, np.ones(unit.size, np.float32))

@@ -6,6 +6,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed")
 
 from torch import nn  # noqa: E402
 
+from hpc_dl.models.characters_torch import CharacterTransformer  # noqa: E402
 from hpc_dl.models.digits_torch import digits_cnn  # noqa: E402
 from hpc_dl.models.resnet50_torch import Bottleneck, resnet50  # noqa: E402
 
@@ -54,3 +55,24 @@ def test_the_normalisation_can_be_chosen() -> None:
 def test_the_digits_network_has_the_stated_number_of_parameters() -> None:
     assert parameters(digits_cnn()) == 151_306
     assert digits_cnn()(torch.zeros(3, 1, 8, 8)).shape == (3, 10)
+
+
+def test_characters_are_predicted_from_those_before() -> None:
+    """Another character at one place changes no prediction before it, and those from it on."""
+    torch.manual_seed(0)
+    model = CharacterTransformer(11, context=16, width=32).eval()
+    x = torch.randint(11, (2, 12))
+    y = x.clone()
+    y[:, 7] = (y[:, 7] + 1) % 11
+    with torch.no_grad():
+        one, other = model(x), model(y)
+    assert one.shape == (2, 12, 11)
+    torch.testing.assert_close(one[:, :7], other[:, :7])
+    assert ((one[:, 7:] - other[:, 7:]).abs().amax(dim=(0, 2)) > 1e-4).all()
+
+
+def test_a_text_may_be_shorter_than_the_context_but_not_longer() -> None:
+    model = CharacterTransformer(5, context=8, width=16, layers=1)
+    assert model(torch.zeros(1, 1, dtype=torch.long)).shape == (1, 1, 5)
+    with pytest.raises(IndexError):
+        model(torch.zeros(1, 9, dtype=torch.long))

@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 
 from hpc_dl.arrays import BFLOAT16, Layout, Parameter, plan
 from hpc_dl.comm import Communicator, Op
+from hpc_dl.compress import make
 from hpc_dl.reduce import Reducer
+from hpc_dl.reduce.compression import BucketCompression
 from hpc_dl.reduce.reducer import OVERLAP_BYTES
+from hpc_dl.reduce.traffic import Traffic, total
 from hpc_dl.testing import run_threads
 
 pytestmark = pytest.mark.timeout(60)
@@ -193,6 +196,31 @@ def test_traffic() -> None:
         assert (waited < 0.3) or comm.rank
 
     run_threads(3, main)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_traffic_of_what_is_compressed(size: int) -> None:
+    """What compression sent, beside what the same buckets would have been."""
+    layout = plan([Parameter("w", (64, 64), F32), Parameter("b", (512,), F32)], 1)
+    schemes = [make("fp16:error_feedback=fp32"), None]
+
+    def main(comm: Communicator) -> None:
+        compression = BucketCompression(comm, layout, schemes)
+        reducer = Reducer(comm, layout, compression=compression)
+        for view in reducer.views().values():
+            view[:] = 1.0
+        reducer.finish()
+        done, share = reducer.traffic(), 2 * (size - 1) / size
+        assert done.steps == 1
+        assert done.bytes_dense == pytest.approx(share * layout.nbytes, abs=1)
+        assert done.bytes_sent == pytest.approx(share * (2 * 64 * 64 + 4 * 512), abs=2)
+
+    run_threads(size, main)
+
+
+def test_total_adds_what_reducers_did_in_the_same_steps() -> None:
+    assert total([]) == (0, 0, 0.0, 0)
+    assert total([Traffic(3, 10, 0.5, 40), Traffic(2, 1, 0.25, 4)]) == (3, 11, 0.75, 44)
 
 
 def test_types_and_scale() -> None:

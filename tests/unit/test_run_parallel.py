@@ -114,3 +114,21 @@ def test_a_path_that_is_not_there_is_an_error(
     assert caught.value.code == 2
     assert repr(word) in capsys.readouterr().err
     assert launches.requests == []
+
+
+def test_a_framework_is_found_anywhere_in_a_name(tmp_path: Path) -> None:
+    """Two frameworks never share a process, and Keras has its backends one after the other."""
+    names = ("world", "torch_optimizer", "compression_torch", "compression_keras", "tensorflow_x")
+    for name in names:
+        (tmp_path / f"test_{name}.py").touch()
+    found = {
+        (group.name, group.keras_backend): [Path(path).stem for path in group.paths]
+        for group in run_parallel.groups(tmp_path)
+    }
+    assert found == {
+        ("other", ""): ["test_world"],
+        ("torch", ""): ["test_compression_torch", "test_torch_optimizer"],
+        ("tensorflow", ""): ["test_tensorflow_x"],
+        ("keras on tensorflow", "tensorflow"): ["test_compression_keras"],
+        ("keras on torch", "torch"): ["test_compression_keras"],
+    }

@@ -20,16 +20,18 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 def _to_bfloat16(bits: Any, out: Any) -> None:
     for i in range(len(bits)):
         x = bits[i]
-        # Round to nearest, ties to even; a NaN keeps its upper bits and stays one.
+        # Round to nearest, ties to even; of a NaN the sign is kept, as ml_dtypes does.
         rounded = (x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
         nan = (x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-        out[i] = np.uint16((x >> np.uint32(16)) | np.uint32(0x40)) if nan else np.uint16(rounded)
+        quiet = ((x >> np.uint32(16)) & np.uint32(0x8000)) | np.uint32(0x7FC0)
+        out[i] = np.uint16(quiet) if nan else np.uint16(rounded)
 
 
 def _to_bfloat16_reference(bits: Any, out: Any) -> None:
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
     nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
-    out[:] = np.where(nan, (bits >> np.uint32(16)) | np.uint32(0x40), rounded)
+    quiet = ((bits >> np.uint32(16)) & np.uint32(0x8000)) | np.uint32(0x7FC0)
+    out[:] = np.where(nan, quiet, rounded)
 
 
 def _from_bfloat16(halves: Any, out: Any) -> None:

@@ -15,10 +15,10 @@ _BLOCK = 4096
 
 def _finite(bits: Any) -> bool:
     for start in range(0, len(bits), _BLOCK):
-        found = 0
+        largest = np.uint32(0)
         for i in range(start, min(start + _BLOCK, len(bits))):
-            found += (bits[i] & np.uint32(0x7FFFFFFF)) >= _LARGEST
-        if found:
+            largest = max(largest, bits[i] & np.uint32(0x7FFFFFFF))
+        if largest >= _LARGEST:
             return False
     return True
 

@@ -23,9 +23,9 @@ _NORMAL = np.uint32(np.float32(2.0**-6).view(np.uint32))
 _SHIFT = np.float32(2.0**14)
 _SHIFT_BITS = np.uint32(_SHIFT.view(np.uint32))
 #: Somewhat below the largest float32: rounding of what is decoded cannot go beyond that.
-_LIMIT = np.float32(3.4e38)
+LIMIT = np.float32(3.4e38)
 #: The inverse of a smaller scale may overflow; it stands for zero.
-_TINY = np.float32(1e-37)
+TINY = np.float32(1e-37)
 _ONE, _NOTHING = np.float32(1), np.float32(0)
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
 
@@ -52,9 +52,9 @@ def _encode(x: Any, left: Any, keep: bool, block: int, scales: Any, codes: Any) 
         for i in range(count):
             top = max(top, np.int32(bits[i] & np.int32(0x7FFFFFFF)))
         word[0] = top
-        scale = min(bound[0], _LIMIT) / LARGEST
+        scale = min(bound[0], LIMIT) / LARGEST
         inverse = _NOTHING
-        if scale > _TINY:
+        if scale > TINY:
             inverse = _ONE / scale
         else:
             scale = _NOTHING
@@ -89,9 +89,9 @@ def _encode_reference(
     for number in range(len(scales)):
         part = slice(number * block, (number + 1) * block)
         values = (left if keep else x)[part]
-        scale = min(np.abs(values).max(), _LIMIT) / LARGEST
-        inverse = _ONE / scale if scale > _TINY else _NOTHING
-        scale = scale if scale > _TINY else _NOTHING
+        scale = min(np.abs(values).max(), LIMIT) / LARGEST
+        inverse = _ONE / scale if scale > TINY else _NOTHING
+        scale = scale if scale > TINY else _NOTHING
         scales[number] = scale
         narrow = np.clip(values * inverse, -LARGEST, LARGEST).astype(E4M3)
         codes[part] = narrow.view(np.uint8)

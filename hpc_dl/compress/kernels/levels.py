@@ -13,20 +13,20 @@ from numpy.typing import NDArray
 
 from hpc_dl.compress.base import Bytes, Floats
 from hpc_dl.compress.kernels.compile import Kernel
+from hpc_dl.compress.kernels.lanes import LANES, total
 from hpc_dl.compress.random import uniform
 
 #: What a block's range is: from its least to its largest value, or as far on both sides of
 #: zero as its largest magnitude or its Euclidean norm.
 MIN_MAX, MAX, L2 = 0, 1, 2
-LANES = 16
 
 _GOLDEN, _MIX = np.uint32(0x9E3779B9), np.uint32(0x45D9F3B)
 _ULP = np.float32(2.0**-24)
 #: Somewhat below the largest float32: rounding of what is decoded cannot go beyond that.
-_LIMIT = np.float32(3.4e38)
-_LARGEST = np.finfo(np.float32).max
+LIMIT = np.float32(3.4e38)
+LARGEST = np.finfo(np.float32).max
 #: The inverse of a smaller step may overflow; it stands for zero.
-_TINY = np.float32(1e-37)
+TINY = np.float32(1e-37)
 _ONE, _HALF, _NOTHING = np.float32(1), np.float32(0.5), np.float32(0)
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 
@@ -70,7 +70,7 @@ def _encode(
             high = max(high, place)
         ends[0] = low ^ ((low >> np.int32(31)) & _MAGNITUDE)
         ends[1] = high ^ ((high >> np.int32(31)) & _MAGNITUDE)
-        least, largest = max(bounds[0], -_LIMIT), min(bounds[1], _LIMIT)
+        least, largest = max(bounds[0], -LIMIT), min(bounds[1], LIMIT)
         middle, reach = _NOTHING, half
         if kind == MIN_MAX:
             middle = largest * _HALF + least * _HALF
@@ -78,7 +78,7 @@ def _encode(
         else:
             largest = max(largest, -least)
             step = largest / half
-        if kind == L2 and step > _TINY:
+        if kind == L2 and step > TINY:
             shrink = _ONE / largest
             lanes[:] = 0
             whole = count // LANES * LANES
@@ -89,15 +89,17 @@ def _encode(
             for i in range(whole, count):
                 part_of = values[i] * shrink
                 lanes[i - whole] += part_of * part_of
-            total = np.float32(0)
-            for lane in range(LANES):
-                total += lanes[lane]
+            fold = LANES // 2
+            while fold:
+                for lane in range(fold):
+                    lanes[lane] += lanes[lane + fold]
+                fold //= 2
             # A product beyond the largest number would be one; so many steps are in reach.
-            ratio = np.sqrt(total) / half
-            step = _LIMIT if ratio > _ONE and largest > _LIMIT / ratio else largest * ratio
-            reach = min(half, np.floor(_LARGEST / step))
+            ratio = np.sqrt(lanes[0]) / half
+            step = LIMIT if ratio > _ONE and largest > LIMIT / ratio else largest * ratio
+            reach = min(half, np.floor(LARGEST / step))
         inverse = _NOTHING
-        if step > _TINY:
+        if step > TINY:
             inverse = _ONE / step
         else:
             step = _NOTHING
@@ -142,19 +144,16 @@ def _range(values: Floats, kind: int, half: np.float32) -> tuple[np.float32, ...
     """Return a block's middle, step, and how many steps are in reach on both sides."""
     places = _order(values.view(np.int32))
     ends = _order(np.array([places.min(), places.max()], np.int32)).view(np.float32)
-    least, largest = max(ends[0], -_LIMIT), min(ends[1], _LIMIT)
+    least, largest = max(ends[0], -LIMIT), min(ends[1], LIMIT)
     if kind == MIN_MAX:
         middle = largest * _HALF + least * _HALF
         return middle, (largest * _HALF - least * _HALF) / half, half
     largest = max(largest, -least)
     step, reach = largest / half, half
-    if kind == L2 and step > _TINY:
-        padded = np.zeros(-(-len(values) // LANES) * LANES, np.float32)
-        padded[: len(values)] = values * (_ONE / largest)
-        squares = np.add.accumulate((padded * padded).reshape(-1, LANES))[-1]
-        ratio = np.sqrt(np.add.accumulate(squares)[-1]) / half
-        step = _LIMIT if ratio > _ONE and largest > _LIMIT / ratio else largest * ratio
-        reach = min(half, np.floor(_LARGEST / step))
+    if kind == L2 and step > TINY:
+        ratio = np.sqrt(total(np.square(values * (_ONE / largest)))) / half
+        step = LIMIT if ratio > _ONE and largest > LIMIT / ratio else largest * ratio
+        reach = min(half, np.floor(LARGEST / step))
     return _NOTHING, step, reach
 
 
@@ -179,8 +178,8 @@ def _encode_reference(
         start = number * block
         values = (left if keep else x)[start : start + block]
         middle, step, reach = _range(values, kind, half)
-        inverse = _ONE / step if step > _TINY else _NOTHING
-        step = step if step > _TINY else _NOTHING
+        inverse = _ONE / step if step > TINY else _NOTHING
+        step = step if step > TINY else _NOTHING
         middles[number], steps[number] = middle, step
         draws = uniform(int(key), len(values), start) if random else _HALF
         v = (values - middle) * inverse + half

@@ -9,6 +9,8 @@ from hpc_dl.compress.base import Floats
 from hpc_dl.compress.kernels.compile import Kernel
 
 BLOCK = 1024
+#: A scale that is not above this stands for zeros: its inverse may overflow.
+TINY = np.float32(1e-37)
 
 
 def _encode(x: Any, scales: Any, levels: Any) -> None:
@@ -21,8 +23,7 @@ def _encode(x: Any, scales: Any, levels: Any) -> None:
             largest = max(largest, abs(block[i]))
         scale = largest / np.float32(127)
         scales[number] = scale
-        # A scale that has become zero by underflow stands for zeros.
-        inverse = np.float32(1) / scale if scale > np.float32(1e-37) else np.float32(0)
+        inverse = np.float32(1) / scale if scale > TINY else np.float32(0)
         for i in range(count):
             coded[i] = np.int8(np.rint(block[i] * inverse))
 
@@ -32,7 +33,7 @@ def _encode_reference(x: Floats, scales: Floats, levels: NDArray[np.int8]) -> No
         part = slice(number * BLOCK, (number + 1) * BLOCK)
         scale = np.abs(x[part]).max() / np.float32(127)
         scales[number] = scale
-        inverse = np.float32(1) / scale if scale > np.float32(1e-37) else np.float32(0)
+        inverse = np.float32(1) / scale if scale > TINY else np.float32(0)
         levels[part] = np.rint(x[part] * inverse)
 
 

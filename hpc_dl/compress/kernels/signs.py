@@ -1,7 +1,6 @@
 """One bit for each value and one scale for each block.
 
-Sums are taken in ``LANES`` partial sums, which the compiler keeps in vector registers and
-NumPy adds up in the same order, so both give the same bits.
+Sums are taken in the order of ``lanes``, so compiled and NumPy code give the same bits.
 """
 
 from typing import Any
@@ -10,10 +9,10 @@ import numpy as np
 
 from hpc_dl.compress.base import Bytes, Floats
 from hpc_dl.compress.kernels.compile import Kernel
+from hpc_dl.compress.kernels.lanes import LANES, total
 
 #: Values that share a scale.
 BLOCK = 1024
-LANES = 16
 
 
 def _encode(x: Any, left: Any, scales: Any, bits: Any) -> None:
@@ -34,10 +33,12 @@ def _encode(x: Any, left: Any, scales: Any, bits: Any) -> None:
             y = block[i] + added[i]
             block[i] = y
             lanes[i - whole] += abs(y)
-        total = np.float32(0)
-        for lane in range(LANES):
-            total += lanes[lane]
-        scale = total / np.float32(count)
+        fold = LANES // 2
+        while fold:
+            for lane in range(fold):
+                lanes[lane] += lanes[lane + fold]
+            fold //= 2
+        scale = lanes[0] / np.float32(count)
         scales[number] = scale
         packed = bits[start // 8 : start // 8 + (count + 7) // 8]
         for byte in range(count // 8):
@@ -62,13 +63,7 @@ def _encode_reference(x: Floats, left: Floats, scales: Floats, bits: Bytes) -> N
     np.add(left, x, out=left)
     for number in range(len(scales)):
         block = left[number * BLOCK : (number + 1) * BLOCK]
-        padded = np.zeros(-(-len(block) // LANES) * LANES, np.float32)
-        padded[: len(block)] = np.abs(block)
-        lanes = padded.reshape(-1, LANES)
-        total = np.zeros(LANES, np.float32)
-        for row in lanes:
-            total += row
-        scale = np.add.accumulate(total)[-1] / np.float32(len(block))
+        scale = total(np.abs(block)) / np.float32(len(block))
         scales[number] = scale
         negative = block < 0
         packed = np.packbits(negative, bitorder="little")

@@ -12,7 +12,6 @@ import numpy as np
 
 from hpc_dl.comm import Op
 from hpc_dl.compress import Array, Floats, Sparse, Sparsifier, Step
-from hpc_dl.compress.kernels.checks import is_finite
 from hpc_dl.compress.kernels.topk import scatter_add
 from hpc_dl.compress.topk import largest
 from hpc_dl.reduce.exchange.sharded import Sharded
@@ -45,36 +44,56 @@ class Gather(Sharded):
         super().__init__(*args, **options)
         self._sparsifier = cast(Sparsifier, self.scheme.compressor)
         self._divide()
+        self._owes_of_sums = True  # what is loaded may be of a run that summed here
 
     def _average(self, bucket: Floats, left: Floats | None, step: Step, finite: bool) -> int:
         chosen = self._select(bucket, left, step) if finite else None
-        bucket.fill(0)
+        bucket[:] = 0
         if self.comm.size * self._density(chosen, step) > DENSE_ABOVE:
             sent, complete = self._two_phase(bucket, chosen, step)
+            self._owes_of_sums = True
         else:
             sent, complete = self._gather(bucket, chosen)
-        if complete and is_finite(bucket):
-            total = bucket.copy()
-            self._sparsifier.restore(total, bucket, self.unit)
+            self._settle(left)
+        if complete and self.memory.is_finite(bucket):
+            self._restore(self.memory.copy(bucket), bucket)
             if self.momentum is not None and chosen is not None:
-                self.momentum[chosen.indices] = 0
+                self.momentum[self.memory.from_host(chosen.indices)] = 0
         else:
-            bucket.fill(np.nan)
+            bucket[:] = np.nan
             if chosen is not None and left is not None:
-                self._sparsifier.give_back(chosen, left, self.unit)
+                self._give_back(chosen, left)
         return sent
+
+    def _settle(self, left: Floats | None) -> None:
+        """Take over what is owed of sums: entries that are gathered are not summed here."""
+        if self._owes_of_sums and left is not None and self._server is not None:
+            self._repay(left, self._server.take() * np.float32(self.comm.size))
+        self._owes_of_sums = False
 
     def _repay(self, bucket: Floats, owed: Floats) -> None:
         """Add what is owed; like what is selected, it may be coefficients."""
-        total, gradient = np.zeros_like(bucket), np.empty_like(bucket)
+        total, gradient = self.memory.zeros(len(bucket)), self.memory.zeros(len(bucket))
         total[self._lo : self._hi] = owed
-        self._sparsifier.restore(total, gradient, self.unit)
+        self._restore(total, gradient)
         bucket += gradient
 
     def _select(self, bucket: Floats, left: Floats | None, step: Step) -> Sparse:
         if left is None:
             return self._sparsifier.select(bucket, self.state, self.unit, step)
         return self._sparsifier.select_with_residual(bucket, left, self.state, self.unit, step)
+
+    def _restore(self, total: Floats, out: Floats) -> None:
+        self._sparsifier.restore(total, out, self.unit)
+
+    def _give_back(self, chosen: Sparse, left: Floats) -> None:
+        self._sparsifier.give_back(chosen, left, self.unit)
+
+    def _add(self, part: Array, out: Floats) -> None:
+        scatter_add(*unpack(part), out)
+
+    def _largest(self, mine: Floats, server: Floats | None, count: int, step: Step) -> Sparse:
+        return largest(mine, server, count, False, step)
 
     def _density(self, chosen: Sparse | None, step: Step) -> float:
         """Return the part of the entries that a rank sends, the same on all ranks."""
@@ -90,7 +109,7 @@ class Gather(Sharded):
         everyone = self.comm.allgather(payload)
         for part in everyone:
             if len(part):
-                scatter_add(*unpack(part), bucket)
+                self._add(part, bucket)
         bucket *= np.float32(1 / self.comm.size)
         return (self.comm.size - 1) * len(payload), all(len(part) for part in everyone)
 
@@ -100,15 +119,15 @@ class Gather(Sharded):
         mine = bucket[self._lo : self._hi]
         for part in received:
             if len(part):
-                scatter_add(*unpack(part), mine)
+                self._add(part, mine)
         mine *= np.float32(1 / self.comm.size)
-        complete = all(len(part) for part in received) and is_finite(mine)
+        complete = all(len(part) for part in received) and self.memory.is_finite(mine)
         reply = pack(self._select_again(mine, step)) if complete else _NOT_FINITE
         everyone = self.comm.allgather(reply)
-        mine.fill(0)
+        mine[:] = 0
         for (lo, hi), part in zip(self._shares, everyone, strict=True):
             if len(part):
-                scatter_add(*unpack(part), bucket[lo:hi])
+                self._add(part, bucket[lo:hi])
         sent = sum(len(part) for rank, part in enumerate(parts) if rank != step.rank)
         return sent + (self.comm.size - 1) * len(reply), all(len(part) for part in everyone)
 
@@ -129,4 +148,4 @@ class Gather(Sharded):
         density = self._sparsifier.density(self.unit, step) if self._sparsifier.fixed else 1.0
         count = min(len(mine), max(1, round(len(mine) * density)))
         with self._owed() as server:
-            return largest(mine, server, count, False, step)
+            return self._largest(mine, server, count, step)

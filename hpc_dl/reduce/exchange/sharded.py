@@ -7,7 +7,7 @@ import numpy as np
 
 from hpc_dl.comm.kernels import share
 from hpc_dl.compress import Array, Floats
-from hpc_dl.compress.residual import Residual, make_residual
+from hpc_dl.compress.residual import Residual
 from hpc_dl.reduce.exchange.base import Exchange
 
 
@@ -21,9 +21,9 @@ class Sharded(Exchange):
         size = self.comm.size
         self._shares = [share(self.unit.size, rank, size, align) for rank in range(size)]
         self._lo, self._hi = self._shares[self.comm.rank]
-        self._server = make_residual(self.scheme.residual, self._hi - self._lo)
+        self._server = self.memory.residual(self.scheme.residual, self._hi - self._lo)
         here = (self._lo <= self._gaps) & (self._gaps < self._hi)
-        self._gaps_here = self._gaps[here] - self._lo
+        self._gaps_here = self.memory.from_host(self._gaps[here] - self._lo)
 
     @contextmanager
     def _owed(self) -> Iterator[Floats | None]:
@@ -38,23 +38,25 @@ class Sharded(Exchange):
     def flush(self, bucket: Floats) -> None:
         """Add both residuals; this rank's part of the average counts for all."""
         super().flush(bucket)
-        if self._server is not None:
-            self._repay(bucket, self._server.take() * np.float32(self.comm.size))
+        with self.memory.working():
+            if self._server is not None:
+                self._repay(bucket, self._server.take() * np.float32(self.comm.size))
 
     def _repay(self, bucket: Floats, owed: Floats) -> None:
         """Add to a gradient what is owed to this rank's shard."""
         bucket[self._lo : self._hi] += owed
 
-    def arrays(self) -> dict[str, Array]:
-        """Return the residuals; that of the shard at its place in a flat array."""
-        saved = super().arrays()
+    def _arrays(self) -> dict[str, Array]:
+        saved = super()._arrays()
+        # That of the shard, at its place in a flat array.
         if self._server is not None:
             whole = np.zeros(self.unit.size, np.float32)
-            whole[self._lo : self._hi] = self._server.load()
+            whole[self._lo : self._hi] = self.memory.to_host(self._server.load())
             saved["server"] = whole
         return saved
 
     def _take_up(self, saved: dict[str, Array]) -> None:
         super()._take_up(saved)
         if self._server is not None and "server" in saved:
-            self._server.store(saved["server"][self._lo : self._hi].astype(np.float32))
+            mine = saved["server"][self._lo : self._hi].astype(np.float32)
+            self._server.store(self.memory.from_host(mine))
