@@ -6,7 +6,7 @@ ready, so ranks can never wait for each other in different buckets.
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from hpc_dl.arrays import Layout
@@ -90,7 +90,7 @@ class Reducer:
         Horovod copies what it fuses, so another copy into a bucket gains nothing.
         """
         alone = len(self.layout.buckets[bucket].parameters) == 1
-        return self._comm.negotiates and alone and not self._is_compressed(bucket)
+        return self._comm.negotiates and alone and self._compression_of(bucket) is None
 
     def ready(self, bucket: int, instead: Any = None) -> None:
         """Say that one more gradient of ``bucket`` is in its place; start what can start.
@@ -100,8 +100,9 @@ class Reducer:
                 length; where ``takes_place_of`` says so.
         """
         self._missing[bucket] -= 1
-        if self.compression is not None and self.compression.covers(bucket):
-            self.compression.note(bucket)
+        compression = self._compression_of(bucket)
+        if compression is not None:
+            compression.note(bucket)
         if instead is not None:
             self._instead[bucket] = instead
         if self._overlap:
@@ -152,17 +153,20 @@ class Reducer:
     def traffic(self) -> Traffic:
         """Return steps, bytes sent and seconds waited so far."""
         buckets = enumerate(self.layout.buckets)
-        plain = sum(bucket.nbytes for i, bucket in buckets if not self._is_compressed(i))
+        plain = sum(bucket.nbytes for i, bucket in buckets if self._compression_of(i) is None)
         sent = self._bytes + self._steps * bytes_of_allreduce(plain, self._comm.size)
         dense = bytes_of_allreduce(self._dense_bytes, self._comm.size)
         return Traffic(self._steps, sent, self._waited, self._steps * dense)
 
-    def _is_compressed(self, bucket: int) -> bool:
-        return self.compression is not None and self.compression.covers(bucket)
+    def _compression_of(self, bucket: int) -> BucketCompression | None:
+        """Return what averages a bucket, None for an all-reduce."""
+        if self.compression is not None and self.compression.covers(bucket):
+            return self.compression
+        return None
 
     def _start_of(self, bucket: int) -> Callable[[], Work]:
         """Return the function that starts a bucket's reduction."""
-        if self._comm.negotiates and not self._is_compressed(bucket):
+        if self._comm.negotiates and self._compression_of(bucket) is None:
             # Its calls agree by themselves, and run in a thread of its own.
             buffer = self.buffers[bucket]
             name = self._names[bucket]
@@ -191,9 +195,9 @@ class Reducer:
             raise
 
     def _combine(self, bucket: int) -> None:
-        buffer = self.buffers[bucket]
-        if self.compression is not None and self.compression.covers(bucket):
-            self._bytes += self.compression.run(bucket, buffer)
+        buffer, compression = self.buffers[bucket], self._compression_of(bucket)
+        if compression is not None:
+            self._bytes += compression.run(bucket, buffer)
         else:
             self._comm.allreduce(buffer, self._op, self._scale)
 
@@ -206,21 +210,24 @@ class Reducer:
 def state_of(reducers: Iterable[Reducer]) -> Saved:
     """Return what compression keeps between steps, by parameter."""
     saved: Saved = {}
-    for reducer in reducers:
-        if reducer.compression is not None:
-            saved |= reducer.compression.state_dict()
+    for compression in _compressions(reducers):
+        saved |= compression.state_dict()
     return saved
 
 
 def load_state(reducers: Iterable[Reducer], saved: Saved) -> None:
     """Take up what ``state_of`` returned."""
-    for reducer in reducers:
-        if reducer.compression is not None:
-            reducer.compression.load_state_dict(saved)
+    for compression in _compressions(reducers):
+        compression.load_state_dict(saved)
 
 
 def report_loss(reducers: Iterable[Reducer], loss: float) -> None:
     """Let the guard of compression see this rank's loss."""
+    for compression in _compressions(reducers):
+        compression.report_loss(loss)
+
+
+def _compressions(reducers: Iterable[Reducer]) -> Iterator[BucketCompression]:
     for reducer in reducers:
         if reducer.compression is not None:
-            reducer.compression.report_loss(loss)
+            yield reducer.compression

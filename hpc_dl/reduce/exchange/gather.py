@@ -14,12 +14,10 @@ from hpc_dl.comm import Op
 from hpc_dl.compress import Array, Floats, Sparse, Sparsifier, Step
 from hpc_dl.compress.kernels.topk import scatter_add
 from hpc_dl.compress.topk import largest
-from hpc_dl.reduce.exchange.sharded import Sharded
+from hpc_dl.reduce.exchange.sharded import NOT_FINITE, Sharded
 
 #: Ranks times density above which gathering costs more than a float16 all-reduce.
 DENSE_ABOVE = 0.5
-
-_NOT_FINITE = np.empty(0, np.uint8)
 
 
 def pack(entries: Sparse) -> Array:
@@ -105,7 +103,7 @@ class Gather(Sharded):
 
     def _gather(self, bucket: Floats, chosen: Sparse | None) -> tuple[int, bool]:
         """Sum the selections of all ranks; return bytes sent, and whether all were finite."""
-        payload = _NOT_FINITE if chosen is None else pack(chosen)
+        payload = NOT_FINITE if chosen is None else pack(chosen)
         everyone = self.comm.allgather(payload)
         for part in everyone:
             if len(part):
@@ -122,7 +120,7 @@ class Gather(Sharded):
                 self._add(part, mine)
         mine *= np.float32(1 / self.comm.size)
         complete = all(len(part) for part in received) and self.memory.is_finite(mine)
-        reply = pack(self._select_again(mine, step)) if complete else _NOT_FINITE
+        reply = pack(self._select_again(mine, step)) if complete else NOT_FINITE
         everyone = self.comm.allgather(reply)
         mine[:] = 0
         for (lo, hi), part in zip(self._shares, everyone, strict=True):
@@ -133,7 +131,7 @@ class Gather(Sharded):
 
     def _split(self, chosen: Sparse | None) -> list[Array]:
         if chosen is None:
-            return [_NOT_FINITE] * self.comm.size
+            return [NOT_FINITE] * self.comm.size
         parts = []
         for lo, hi in self._shares:
             a, b = np.searchsorted(chosen.indices, [lo, hi])

@@ -10,6 +10,9 @@ from hpc_dl.compress import Array, Floats
 from hpc_dl.compress.residual import Residual
 from hpc_dl.reduce.exchange.base import Exchange
 
+#: What a rank sends for values that are not finite: no bytes at all.
+NOT_FINITE = np.empty(0, np.uint8)
+
 
 class Sharded(Exchange):
     """Keeps what of the sums of this rank's shard was not sent to all."""

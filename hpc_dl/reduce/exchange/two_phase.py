@@ -11,9 +11,7 @@ import numpy as np
 
 from hpc_dl.compress import Array, Codec, Floats, Step
 from hpc_dl.compress.random import key_of
-from hpc_dl.reduce.exchange.sharded import Sharded
-
-_NOT_FINITE = np.empty(0, np.uint8)
+from hpc_dl.reduce.exchange.sharded import NOT_FINITE, Sharded
 
 
 class TwoPhase(Sharded):
@@ -26,7 +24,7 @@ class TwoPhase(Sharded):
 
     def _average(self, bucket: Floats, left: Floats | None, step: Step, finite: bool) -> int:
         lo, hi = self._lo, self._hi
-        parts = [_NOT_FINITE] * len(self._shares)
+        parts = [NOT_FINITE] * len(self._shares)
         if finite:
             self._encode_shards(bucket, left, step, parts)
         received = self.comm.alltoall(parts)
@@ -34,7 +32,7 @@ class TwoPhase(Sharded):
         if hi > lo:
             reply = self._sum(mine, None if left is None else left[lo:hi], received, step, finite)
         else:
-            reply = _NOT_FINITE
+            reply = NOT_FINITE
         replies = self.comm.allgather(reply)
         self._decode_shards(replies, bucket)
         for (a, b), payload, part in zip(self._shares, replies, parts, strict=True):
@@ -76,7 +74,7 @@ class TwoPhase(Sharded):
         """Average the shards that came in with this rank's own, encoded only for a vote."""
         others = [part for rank, part in enumerate(received) if rank != step.rank]
         if not finite or any(len(part) == 0 for part in others):
-            return _NOT_FINITE
+            return NOT_FINITE
         if self._codec.votes:
             own = self._encode(mine, left, self._key(step, step.rank))
             mine[:] = 0
@@ -88,6 +86,6 @@ class TwoPhase(Sharded):
             self._decode_add(part, mine)
         mine *= np.float32(1 / step.size)
         if not self.memory.is_finite(mine):  # Finite values have a sum that is not.
-            return _NOT_FINITE
+            return NOT_FINITE
         with self._owed() as server:
             return self._encode(mine, server, self._key(step, step.size))
