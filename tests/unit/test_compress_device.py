@@ -34,6 +34,7 @@ from hpc_dl.reduce.exchange import make_exchange
 from hpc_dl.reduce.reducer import load_state, state_of
 from hpc_dl.testing import run_threads
 from hpc_dl.testing.compression.suite import UNIT, noise, unit_for
+from hpc_dl.testing.same import assert_same_bytes
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -126,15 +127,15 @@ def test_codecs_give_the_same_bytes(spec: str, data: st.DataObject) -> None:
         given_x = before.clone()
         payload = codec.encode(x, key)
         (got,) = kernels.encode(given_x, None, [Piece(0, length, key)])
-        assert got.tobytes() == payload.tobytes()
+        assert_same_bytes(got, payload)
         assert torch.equal(given_x.view(torch.int32), before.view(torch.int32))
 
         left = _floats(length, data.draw(KINDS), seed + 1) * np.float32(0.1)
         other = _tensor(left, device)
         payload = codec.encode_with_residual(x, left, key)
         (got,) = kernels.encode(given_x, other, [Piece(0, length, key)])
-        assert got.tobytes() == payload.tobytes()
-        assert _bytes(other) == left.tobytes()
+        assert_same_bytes(got, payload)
+        assert_same_bytes(_bytes(other), left)
 
         out, added = np.empty_like(x), left.copy()
         on_device = torch.empty_like(given_x)
@@ -142,8 +143,8 @@ def test_codecs_give_the_same_bytes(spec: str, data: st.DataObject) -> None:
         codec.decode_add(payload, added)
         kernels.decode([payload], [length], on_device, add=False)
         kernels.decode([payload], [length], other, add=True)
-        assert _bytes(on_device) == out.tobytes()
-        assert _bytes(other) == added.tobytes()
+        assert_same_bytes(_bytes(on_device), out)
+        assert_same_bytes(_bytes(other), added)
 
 
 @pytest.mark.parametrize("spec", CODECS)
@@ -161,14 +162,14 @@ def test_pieces_are_encoded_as_if_alone(spec: str, stop: int, device: torch.devi
     for piece, payload in zip(pieces, payloads, strict=True):
         part = slice(piece.start, piece.stop)
         wanted = codec.encode_with_residual(x[part], left[part], piece.key)
-        assert payload.tobytes() == wanted.tobytes()
-    assert _bytes(rest) == left.tobytes()
+        assert_same_bytes(payload, wanted)
+    assert_same_bytes(_bytes(rest), left)
     out = torch.empty(stop, device=device)
     kernels.decode(payloads, [p.stop - p.start for p in pieces], out, add=False)
     for piece, payload in zip(pieces, payloads, strict=True):
         wanted_out = np.empty(piece.stop - piece.start, np.float32)
         codec.decode(payload, wanted_out)
-        assert _bytes(out[piece.start : piece.stop]) == wanted_out.tobytes()
+        assert_same_bytes(_bytes(out[piece.start : piece.stop]), wanted_out)
 
 
 @pytest.mark.parametrize("spec", SPARSIFIERS)
@@ -198,13 +199,13 @@ def test_the_same_entries_are_selected(
             other = _tensor(left, device)
             wanted = sparsifier.select_with_residual(x, left, {}, unit, step)
             chosen = select(on_device, other, step)
-            assert _bytes(other) == left.tobytes()
+            assert_same_bytes(_bytes(other), left)
         else:
             wanted = sparsifier.select(x, {}, unit, step)
             chosen = select(on_device, None, step)
         assert chosen.indices.dtype == np.int32
-        assert chosen.indices.tobytes() == wanted.indices.tobytes()
-        assert chosen.values.tobytes() == wanted.values.tobytes()
+        assert_same_bytes(chosen.indices, wanted.indices)
+        assert_same_bytes(chosen.values, wanted.values)
 
 
 @pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
@@ -219,9 +220,9 @@ def test_residuals_are_kept_alike(
     assert other is not None
     host.store(x)
     other.store(cast(Any, _tensor(x, device)))
-    assert _bytes(other.load()) == host.load().tobytes()
+    assert_same_bytes(_bytes(other.load()), host.load())
     assert other.nbytes == host.nbytes
-    assert _bytes(other.take()) == host.take().tobytes()
+    assert_same_bytes(_bytes(other.take()), host.take())
     assert not np.frombuffer(_bytes(other.load()), np.float32).any()
 
 
@@ -230,9 +231,9 @@ def test_quotients_and_roots_are_rounded_once(device: torch.device) -> None:
     on_device = _tensor(x, device)
     for divisor in (3.0, 7.5, 127.0, 448.0):
         wanted = x / np.float32(divisor)
-        assert _bytes(quotient(on_device, divisor)) == wanted.tobytes()
-    assert _bytes(quotient(1.0, on_device)) == (np.float32(1) / x).tobytes()
-    assert _bytes(root(on_device.abs())) == np.sqrt(np.abs(x)).tobytes()
+        assert_same_bytes(_bytes(quotient(on_device, divisor)), wanted)
+    assert_same_bytes(_bytes(quotient(1.0, on_device)), np.float32(1) / x)
+    assert_same_bytes(_bytes(root(on_device.abs())), np.sqrt(np.abs(x)))
 
 
 def test_what_has_kernels() -> None:
@@ -314,7 +315,7 @@ def _assert_alike(device: list[Seen], host: list[Seen]) -> None:
             for key, value in saved.items():
                 assert isinstance(value, np.ndarray)
                 assert value.dtype == same[key].dtype
-                assert value.tobytes() == same[key].tobytes(), key
+                assert_same_bytes(value, same[key], key)
         for health, like in zip(mine.health, wanted.health, strict=True):
             np.testing.assert_allclose(health or 0, like or 0, rtol=1e-3)
 

@@ -17,6 +17,7 @@ from hpc_dl.compress import Floats
 from hpc_dl.compress.kernels import casts, checks, compile, maxabs, signs, topk
 from hpc_dl.compress.kernels.compile import Kernel
 from hpc_dl.compress.signs import OneBit
+from hpc_dl.testing.same import assert_same_bytes
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -79,7 +80,7 @@ def check_equal(kernel: Kernel, *args: Any) -> list[Any]:
     one, other = both(kernel, *args)
     for a, b in zip(one, other, strict=True):
         if isinstance(a, np.ndarray):
-            assert a.tobytes() == b.tobytes()
+            assert_same_bytes(a, b)
         else:
             assert a == b
     return one

@@ -11,6 +11,7 @@ from hpc_dl.compress.kernels import countsketch, hadamard
 from hpc_dl.errors import OptionError
 from hpc_dl.reduce.exchange import make_exchange
 from hpc_dl.testing import run_threads
+from hpc_dl.testing.same import assert_same_bytes
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -66,7 +67,7 @@ def test_count_sketches_have_the_same_bytes(
     tables = [np.zeros((6, width + run), np.float32) for _ in range(2)]
     countsketch.encode(x, starts, key, run, tables[0])
     countsketch.encode.reference(x, starts, key, run, tables[1])
-    assert tables[0].tobytes() == tables[1].tobytes()
+    assert_same_bytes(tables[0], tables[1])
     found = [np.empty_like(x) for _ in range(2)]
     countsketch.estimate(tables[0], starts, key, run, found[0])
     countsketch.estimate.reference(tables[0], starts, key, run, found[1])
@@ -86,7 +87,7 @@ def test_projections_have_the_same_bytes(size: int, rows: int, key: int, scale: 
     found = [np.empty(-(-size // hadamard.BLOCK) * rows, np.float32) for _ in range(2)]
     hadamard.encode(x, key, order, found[0])
     hadamard.encode.reference(x, key, order, found[1])
-    assert found[0].tobytes() == found[1].tobytes()
+    assert_same_bytes(found[0], found[1])
 
 
 def test_the_transform_is_orthogonal_and_of_signs() -> None:

@@ -13,6 +13,7 @@ from hpc_dl.compress import AllReduced, Array, Floats, Reduction, Segment, Step,
 from hpc_dl.compress.kernels import ternary
 from hpc_dl.compress.terngrad import lane_bits
 from hpc_dl.errors import OptionError
+from hpc_dl.testing.same import assert_same_bytes
 
 KERNELS = [ternary.look, ternary.encode, ternary.decode]
 SIZES = [1, 2, 4, 7, 8, 127, 128]
@@ -110,7 +111,7 @@ def test_what_comes_out_is_what_was_sent(
     lefts = [np.zeros_like(x) for x in xs]
     outs, sent = _together(xs, lefts, unit, seed, clip)
     for out in outs:
-        assert out.tobytes() == outs[0].tobytes()
+        assert_same_bytes(out, outs[0])
     mean = np.mean([x.astype(np.float64) - left for x, left in zip(xs, lefts, strict=True)], 0)
     np.testing.assert_allclose(outs[0], mean, atol=1e-5)
     bytes_sent = sum(buffers[0].nbytes for buffers in sent)

@@ -14,6 +14,7 @@ from hpc_dl.reduce.compression import BucketCompression
 from hpc_dl.reduce.exchange import Health, make_exchange
 from hpc_dl.reduce.quality import Quality
 from hpc_dl.testing import run_threads
+from hpc_dl.testing.same import assert_same_bytes
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -172,7 +173,7 @@ def test_suspended_flushed_and_resumed(spec: str, size: int) -> None:
     outs, sent, states = everyone[0]
     assert [i for i, n in enumerate(sent) if n != bfloat16] == Case.compressed
     for other, *_ in everyone[1:]:
-        assert [x.tobytes() for x in other] == [x.tobytes() for x in outs]
+        assert_same_bytes(other, outs)
     for _, _, states in everyone:
         for step, state in enumerate(states):
             owed = any(state[key].any() for key in ("residual", "server") if key in state)
@@ -216,7 +217,7 @@ def test_what_is_owed_is_not_paid_into_a_step_that_fails(spec: str, size: int) -
         assert np.isfinite(outs[4]).all()
         for key in ("residual", "server"):
             if key in states[2]:
-                assert states[2][key].tobytes() == states[3][key].tobytes()
+                assert_same_bytes(states[2][key], states[3][key])
                 assert not states[4][key].any()
 
 

@@ -15,6 +15,7 @@ from hpc_dl.testing.compression.suite import (
     noise,
     run_steps,
 )
+from hpc_dl.testing.same import assert_same_bytes
 
 
 def _with(value: float, culprit: int, at: int) -> Gradients:
@@ -48,16 +49,16 @@ class NotFiniteConformance(Suite):
                     assert all(np.isfinite(array).all() for array in saved.values())
             before, after = traces[culprit].saved[:2]
             for key, array in before.items():
-                assert array.tobytes() == after[key].tobytes(), f"{key} has changed"
+                assert_same_bytes(array, after[key], f"{key} has changed")
 
     def test_alone_it_is_as_if_the_step_had_not_been(self, scheme: Scheme, steps: range) -> None:
         first, bad, *others = steps
         with_it = run_steps(scheme, 1, _with(np.nan, 0, bad), steps)[0]
         without = run_steps(scheme, 1, noise(), [first, *others])[0]
         for a, b in zip(with_it.outs[2:], without.outs[1:], strict=True):
-            assert a.tobytes() == b.tobytes()
+            assert_same_bytes(a, b)
         for key, array in without.saved[-1].items():
-            assert array.tobytes() == with_it.saved[-1][key].tobytes()
+            assert_same_bytes(array, with_it.saved[-1][key])
 
     def test_the_others_keep_what_they_owed(
         self, scheme: Scheme, claims: Claims, steps: range

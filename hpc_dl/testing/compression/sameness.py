@@ -20,6 +20,7 @@ from hpc_dl.testing.compression.suite import (
     noise,
     run_steps,
 )
+from hpc_dl.testing.same import assert_same_bytes
 
 #: In front of a bucket and behind it.
 MARGIN = 16
@@ -33,10 +34,10 @@ class SamenessConformance(Suite):
             one, two = (run_steps(scheme, size, noise(), steps, seed=7) for _ in range(2))
             assert_same_everywhere(one)
             for a, b in zip(one, two, strict=True):
-                assert [x.tobytes() for x in a.outs] == [x.tobytes() for x in b.outs]
+                assert_same_bytes(a.outs, b.outs)
                 assert a.sent == b.sent
                 for key, array in a.saved[-1].items():
-                    assert array.tobytes() == b.saved[-1][key].tobytes(), key
+                    assert_same_bytes(array, b.saved[-1][key], key)
 
     @pytest.mark.parametrize("framework", ["torch", "tensorflow"])
     def test_same_bytes_from(self, scheme: Scheme, steps: range, framework: str) -> None:
@@ -52,7 +53,7 @@ class SamenessConformance(Suite):
         size = self.sizes[-1]
         plain = run_steps(scheme, size, lambda *a: noise()(*a) * np.float32(2), steps[:2])
         for a, b in zip(plain, run_steps(scheme, size, tensor, steps[:2]), strict=True):
-            assert [x.tobytes() for x in a.outs] == [x.tobytes() for x in b.outs]
+            assert_same_bytes(a.outs, b.outs)
 
     def test_global_generators_are_left_alone(self, scheme: Scheme, steps: range) -> None:
         try:

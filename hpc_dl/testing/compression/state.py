@@ -7,6 +7,7 @@ import numpy as np
 
 from hpc_dl.compress import Scheme, make, names
 from hpc_dl.testing.compression.suite import UNIT, Suite, noise, run_steps
+from hpc_dl.testing.same import assert_same_bytes
 
 
 class StateConformance(Suite):
@@ -30,7 +31,7 @@ class StateConformance(Suite):
             assert any(key.endswith(f".{name}") for name in known), (
                 f"{key!r} must end with a dot and the name of a parameter"
             )
-            assert array.tobytes() == two[key].tobytes()
+            assert_same_bytes(array, two[key])
             assert not np.shares_memory(array, two[key])
 
     def test_resumed_is_as_if_never_stopped(self, scheme: Scheme, steps: range) -> None:
@@ -40,10 +41,10 @@ class StateConformance(Suite):
             saved = [pickle.loads(pickle.dumps(t.saved[half - 1])) for t in through]
             resumed = run_steps(scheme, size, noise(), steps[half:], start=saved)
             for a, b in zip(through, resumed, strict=True):
-                assert [x.tobytes() for x in a.outs[half:]] == [x.tobytes() for x in b.outs]
+                assert_same_bytes(a.outs[half:], b.outs)
                 assert a.saved[-1].keys() == b.saved[-1].keys()
                 for key, array in a.saved[-1].items():
-                    assert array.tobytes() == b.saved[-1][key].tobytes(), f"{key} differs"
+                    assert_same_bytes(array, b.saved[-1][key], f"{key} differs")
 
     def test_saved_arrays_are_copies(self, scheme: Scheme, steps: range) -> None:
         """A later step must not change what was saved."""
@@ -51,4 +52,4 @@ class StateConformance(Suite):
         two = run_steps(scheme, 2, noise(), steps[:3])
         for a, b in zip(one, two, strict=True):
             for key, array in a.saved[0].items():
-                assert array.tobytes() == b.saved[0][key].tobytes(), f"{key} was changed"
+                assert_same_bytes(array, b.saved[0][key], f"{key} was changed")

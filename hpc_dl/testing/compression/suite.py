@@ -13,6 +13,7 @@ from hpc_dl.compress.scheme import scheme_of
 from hpc_dl.reduce.compression import unit_of
 from hpc_dl.reduce.exchange import make_exchange
 from hpc_dl.testing import run_threads
+from hpc_dl.testing.same import assert_same_bytes
 
 #: What a residual need not keep: int8 knows nothing so small.
 TINY = 1e-32
@@ -136,7 +137,7 @@ def assert_same_everywhere(traces: Sequence[Trace]) -> None:
     """Fail unless all ranks got the same bytes in each step."""
     for trace in traces[1:]:
         for number, (out, first) in enumerate(zip(trace.outs, traces[0].outs, strict=True)):
-            assert out.tobytes() == first.tobytes(), f"ranks differ after step {number}"
+            assert_same_bytes(out, first, f"ranks differ after step {number}")
 
 
 def assert_nothing_lost(

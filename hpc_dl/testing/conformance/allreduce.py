@@ -23,6 +23,7 @@ from hpc_dl.testing.conformance.values import (
     noise,
     values,
 )
+from hpc_dl.testing.same import assert_same_bytes
 
 REDUCTIONS = (
     [(op, dtype) for op in (Op.SUM, Op.MIN, Op.MAX, Op.PRODUCT) for dtype in REAL]
@@ -100,7 +101,7 @@ class AllreduceConformance(Suite):
             for length in (1, 1001, *around(self.thresholds[:2], dtype)):
                 first = comm.allreduce(noise(length, dtype, comm.rank))
                 again = comm.allreduce(noise(length, dtype, comm.rank))
-                assert first.tobytes() == again.tobytes()
+                assert_same_bytes(first, again)
                 assert_same_everywhere(comm, first)
                 exact = sum(noise(length, dtype, r).astype(np.float64) for r in range(comm.size))
                 np.testing.assert_allclose(
