@@ -14,7 +14,7 @@ from mpi4py import MPI
 from numpy.typing import NDArray
 
 from hpc_dl.arrays import HALF_TYPES, host_view
-from hpc_dl.comm import ring, window
+from hpc_dl.comm import ring, rows, window
 from hpc_dl.comm.base import BaseCommunicator
 from hpc_dl.comm.cuda import CudaMode, choose_cuda_mode
 from hpc_dl.comm.kernels import combine, reduce_in_place, scale_in_place, share
@@ -79,6 +79,8 @@ class MpiCommunicator(BaseCommunicator):
         self._shares = int(sizes.min())
         self._alone = bool(sizes.max() == 1)
         self._one_node = bool(sizes.min() == comm.size)
+        # For the messages of collectives between nodes, which must not meet those of the user.
+        self._pairs = None if self._one_node else self._comm.Dup()
         self._barrier_of_node = NodeBarrier(self._node)
         self._small = (
             SmallSums(self._node, self._barrier_of_node, SMALL_BYTES)
@@ -239,20 +241,12 @@ class MpiCommunicator(BaseCommunicator):
     # --- the other collectives ----------------------------------------------------
 
     def _allgather(self, x: Array) -> list[Array]:
-        rows = self._exchange(np.array([len(x) if x.ndim else 1], np.int64)).ravel()
-        shape = x.shape[1:]
-        everyone = np.empty((int(rows.sum()), *shape), x.dtype)
-        with _RowType(x.itemsize * int(np.prod(shape))) as row:
-            if row is not None:
-                starts = np.cumsum(rows) - rows
-                self._comm.Allgatherv(
-                    [x, int(rows[self.rank]), row], [everyone, (rows, starts), row]
-                )
-        arrays = np.split(everyone, np.cumsum(rows)[:-1])
+        counts = self._exchange(np.array([len(x) if x.ndim else 1], np.int64)).ravel()
+        arrays = rows.allgather(self._comm, self._pairs, x, counts)
         return [array.reshape(()) for array in arrays] if x.ndim == 0 else arrays
 
     def _broadcast(self, flat: Array, root: int) -> None:
-        with _RowType(flat.itemsize) as item:
+        with rows.RowType(flat.itemsize) as item:
             self._comm.Bcast([flat, len(flat), item], root)
 
     def _broadcast_device(self, x: Any, root: int) -> None:
@@ -268,19 +262,10 @@ class MpiCommunicator(BaseCommunicator):
             _wait_for_device(x)
 
     def _alltoall(self, parts: list[Array]) -> list[Array]:
-        shape, dtype = parts[0].shape[1:], parts[0].dtype
         sent = np.array([len(part) for part in parts], np.int64)
         received = np.empty_like(sent)
         self._comm.Alltoall(sent, received)
-        outgoing = np.concatenate(parts)
-        incoming = np.empty((int(received.sum()), *shape), dtype)
-        with _RowType(dtype.itemsize * int(np.prod(shape))) as row:
-            if row is not None:
-                self._comm.Alltoallv(
-                    [outgoing, (sent, np.cumsum(sent) - sent), row],
-                    [incoming, (received, np.cumsum(received) - received), row],
-                )
-        return np.split(incoming, np.cumsum(received)[:-1])
+        return rows.alltoall(self._comm, self._pairs, parts, received)
 
     def _exchange(self, row: Array) -> Array:
         rows = np.empty((self.size, len(row)), row.dtype)
@@ -334,8 +319,9 @@ class MpiCommunicator(BaseCommunicator):
             return
         self._segments.clear()
         self._stage = None
-        for comm in (self._cross, self._node, self._comm):
-            comm.Free()
+        for comm in (self._pairs, self._cross, self._node, self._comm):
+            if comm is not None:
+                comm.Free()
 
     # --- messages -----------------------------------------------------------------
 
@@ -371,21 +357,6 @@ class MpiCommunicator(BaseCommunicator):
         status = MPI.Status()
         found = self._comm.Iprobe(*wildcards(source, tag), status)
         return read_status(status) if found else None
-
-
-class _RowType:
-    """An MPI type of ``nbytes`` bytes, so that counts are rows and may pass 2 GiB."""
-
-    def __init__(self, nbytes: int):
-        self._nbytes = nbytes
-
-    def __enter__(self) -> MPI.Datatype | None:
-        self._type = MPI.BYTE.Create_contiguous(self._nbytes).Commit() if self._nbytes else None
-        return self._type
-
-    def __exit__(self, *_: object) -> None:
-        if self._type is not None:
-            self._type.Free()
 
 
 def _mpi_reduces(flat: Array, op: Op) -> bool:

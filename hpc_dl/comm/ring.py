@@ -12,6 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 from hpc_dl.arrays import HALF_TYPES
+from hpc_dl.comm import pairwise
 from hpc_dl.comm.kernels import reduce_in_place, scale_in_place, share
 from hpc_dl.comm.protocol import Array, Op
 
@@ -46,15 +47,13 @@ def _direct(comm: MPI.Comm, flat: Array, op: Op, scale: float) -> None:
 
     A ring would round 16-bit floats, and could overflow, at every hop.
     """
-    bounds = np.array([share(len(flat), rank, comm.size) for rank in range(comm.size)])
-    starts, counts = bounds[:, 0], bounds[:, 1] - bounds[:, 0]
-    mine = int(counts[comm.rank])
-    landing = np.empty((comm.size, mine), flat.dtype)
-    whole = [flat, (counts, starts), MPI.INT16_T]
-    comm.Alltoallv(whole, [landing, ([mine] * comm.size, mine * np.arange(comm.size)), MPI.INT16_T])
-    lo, hi = bounds[comm.rank]
-    reduce_in_place(list(landing), 0, mine, op, scale, out=[flat[lo:hi]])
-    comm.Allgatherv(MPI.IN_PLACE, whole)
+    blocks = [flat[slice(*share(len(flat), owner, comm.size))] for owner in range(comm.size)]
+    mine = blocks[comm.rank]
+    landing = np.empty((comm.size, len(mine)), flat.dtype)
+    landing[comm.rank] = mine
+    pairwise.alltoall(comm, blocks, list(landing), MPI.INT16_T)
+    reduce_in_place(list(landing), 0, len(mine), op, scale, out=[mine])
+    pairwise.allgather(comm, blocks, MPI.INT16_T)
 
 
 def _segments(block: Array) -> list[Array]:
