@@ -1,6 +1,5 @@
 """All-gather and all-to-all of arrays whose first dimensions differ, over MPI."""
 
-
 import numpy as np
 from mpi4py import MPI
 from numpy.typing import NDArray
