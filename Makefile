@@ -125,7 +125,7 @@ bench-compress: .venv/stamp-all
 	$(PYTHON) benchmarks/compress.py --wire
 
 bench-throttled: horovod
-	$(PYTHON) benchmarks/throttled.py
+	$(PYTHON) benchmarks/throttled.py --picture docs/pictures/throttled.png
 
 bench-convergence: .venv/stamp-all
 	$(PYTHON) benchmarks/convergence.py --picture docs/pictures/convergence.png

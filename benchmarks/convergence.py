@@ -1,13 +1,14 @@
 """Does it learn as well? Compressors against the dense control, over several seeds.
 
-    python benchmarks/convergence.py [--ranks 4] [--seeds 3] [--tasks digits,characters]
-                                     [--picture docs/images/convergence.png] [--json FILE]
+    python benchmarks/convergence.py [--ranks 4] [--seeds 3] [--task digits ...] [--scheme SPEC ...]
+                                     [--epochs 15] [--steps 600] [--picture FILE]
+                                     [--markdown FILE] [--json FILE]
 
 Two tasks on real data: handwritten digits by a convolutional network, and the next character of
 Python's help by a small transformer. All schemes see the same batches and begin with the same
 weights; only how gradients travel differs. Prints accuracy (digits) and loss (characters) on
-data to be tested on, means with the deviation over the seeds, and how far each is from the
-control in deviations of the control.
+data to be tested on: means, with the deviation over the seeds where there are several, and how
+far each is from the control, also in deviations of the control. The control is always trained.
 """
 
 import argparse
@@ -18,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
-from rich.table import Table
+import printing
 
+from hpc_dl.compress import policy_of
 from hpc_dl.launch.request import Request, launch
 
 CONTROL = "none"
@@ -33,6 +34,7 @@ SCHEMES = (
     "powersgd:rank=4",
     "dgc:ratio=0.01,ramp=100",
 )
+TASKS = ("digits", "characters")
 MOMENTUM = 0.9
 EPOCHS, DIGITS_BATCH, DIGITS_RATE = 15, 16, 0.08
 STEPS, CHARACTERS_BATCH, CONTEXT, CHARACTERS_RATE, LOOK = 600, 8, 64, 0.2, 50
@@ -59,7 +61,7 @@ def wrapped(model: Any, spec: str, rate: float, steps: int) -> tuple[Any, Any]:
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 
-def digits(spec: str, seed: int) -> list[tuple[int, float]]:
+def digits(spec: str, seed: int, epochs: int) -> list[tuple[int, float]]:
     """Train on digits; return the accuracy after each epoch."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -71,7 +73,7 @@ def digits(spec: str, seed: int) -> list[tuple[int, float]]:
 
     torch.manual_seed(seed)
     model, data = digits_cnn(), load()
-    plan = Plan(data.train, data.test, hvd.rank(), hvd.size(), EPOCHS, DIGITS_BATCH, seed)
+    plan = Plan(data.train, data.test, hvd.rank(), hvd.size(), epochs, DIGITS_BATCH, seed)
     optimizer, schedule = wrapped(model, spec, DIGITS_RATE, plan.epochs * plan.steps)
     curve = []
     for epoch in range(plan.epochs):
@@ -91,7 +93,7 @@ def digits(spec: str, seed: int) -> list[tuple[int, float]]:
     return curve
 
 
-def characters(spec: str, seed: int) -> list[tuple[int, float]]:
+def characters(spec: str, seed: int, steps: int) -> list[tuple[int, float]]:
     """Train on text; return the loss now and then."""
     import torch
     from torch.nn.functional import cross_entropy
@@ -103,7 +105,7 @@ def characters(spec: str, seed: int) -> list[tuple[int, float]]:
     torch.manual_seed(seed)
     text = python_help()
     model = CharacterTransformer(len(text.alphabet), CONTEXT)
-    optimizer, schedule = wrapped(model, spec, CHARACTERS_RATE, STEPS)
+    optimizer, schedule = wrapped(model, spec, CHARACTERS_RATE, steps)
 
     def loss_on(part: np.ndarray, count: int, step: int) -> Any:
         piece = torch.from_numpy(windows(part, count, CONTEXT, seed, step, hvd.rank()))
@@ -111,53 +113,61 @@ def characters(spec: str, seed: int) -> list[tuple[int, float]]:
         return cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten())
 
     curve = []
-    for step in range(STEPS):
+    for step in range(steps):
         optimizer.zero_grad()
         loss_on(text.train, CHARACTERS_BATCH, step).backward()
         optimizer.step()
         schedule.step()
-        if (step + 1) % LOOK == 0:
+        if (step + 1) % LOOK == 0 or step + 1 == steps:
             with torch.no_grad():
-                mine = loss_on(text.test, 64, STEPS)
+                mine = loss_on(text.test, 64, steps)
             curve.append((step + 1, float(hvd.allreduce(mine, op=hvd.Average))))
     return curve
 
 
-def rank_main(tasks: list[str], schemes: list[str], seeds: int, result: Path) -> None:
-    """Train on this rank; rank 0 writes the curves."""
+def rank_main(lengths: dict[str, int], schemes: list[str], seeds: int, result: Path) -> None:
+    """Train on this rank, each task for so many epochs or steps; rank 0 writes the curves."""
     import torch
 
     import hpc_dl.torch as hvd
 
     torch.set_num_threads(1)
     hvd.init("mpi")
-    curves: Curves = {task: {spec: [] for spec in schemes} for task in tasks}
+    curves: Curves = {task: {spec: [] for spec in schemes} for task in lengths}
     for seed in range(seeds):
-        for task in tasks:
+        for task, length in lengths.items():
             for spec in schemes:
-                curve = {"digits": digits, "characters": characters}[task](spec, seed)
+                curve = {"digits": digits, "characters": characters}[task](spec, seed, length)
                 curves[task][spec].append(curve)
                 if hvd.rank() == 0:
                     print(task, spec, seed, curve[-1], file=sys.stderr, flush=True)
                     result.write_text(json.dumps(curves))
 
 
-def show(curves: Curves, ranks: int) -> None:
-    """Print a table for each task."""
-    for task, by_scheme in curves.items():
-        seeds = len(next(iter(by_scheme.values())))
-        what = "accuracy" if task == "digits" else "loss"
-        table = Table(title=f"{task}: {what} at the end, {ranks} ranks, {seeds} seeds")
-        for column in ("compression", "mean", "deviation", "against the control"):
-            table.add_column(column, justify="left" if column == "compression" else "right")
-        control = np.array([curve[-1][1] for curve in by_scheme[CONTROL]])
-        for spec, found in by_scheme.items():
-            last = np.array([curve[-1][1] for curve in found])
-            difference = last.mean() - control.mean()
-            table.add_row(
-                spec, f"{last.mean():.4f}", f"{last.std(ddof=1):.4f}", f"{difference:+.4f}"
-            )
-        Console(width=100).print(table)
+def table(
+    task: str, by_scheme: dict[str, list[list[tuple[int, float]]]], ranks: int
+) -> printing.Results:
+    """Write the table of a task."""
+    last = {spec: np.array([curve[-1][1] for curve in found]) for spec, found in by_scheme.items()}
+    control = last[CONTROL]
+    seeds = len(control)
+    deviation = float(control.std(ddof=1)) if seeds > 1 else 0.0
+    rows = []
+    for spec, values in last.items():
+        difference = float(values.mean() - control.mean())
+        rows.append(
+            [
+                spec,
+                f"{values.mean():.4f}",
+                f"{values.std(ddof=1):.4f}" if seeds > 1 else "",
+                f"{difference:+.4f}",
+                f"{difference / deviation:+.1f}" if deviation > 0 else "",
+            ]
+        )
+    what = "accuracy" if task == "digits" else "loss"
+    title = f"{task}: {what} at the end, {ranks} ranks, {seeds} seed{'s' * (seeds > 1)}"
+    columns = ("compression", "mean", "deviation", "from the control", "in its deviations")
+    return printing.Results(title, columns, rows)
 
 
 def draw(curves: Curves, path: Path) -> None:
@@ -181,9 +191,10 @@ def draw(curves: Curves, path: Path) -> None:
         axis.set_xlabel("epoch" if task == "digits" else "step")
         axis.set_ylabel("test accuracy" if task == "digits" else "test loss")
         if task == "digits":
-            axis.set_ylim(0.9, 1.0)
+            axis.set_ylim(top=1.0)
         axis.legend(fontsize=8)
     figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
 
@@ -192,22 +203,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--tasks", default="digits,characters")
-    parser.add_argument("--schemes", default=";".join(SCHEMES), help="with ; between them")
+    parser.add_argument("--task", action="append", choices=TASKS, help="may be repeated")
+    parser.add_argument("--scheme", action="append", metavar="SPEC", help="may be repeated")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help="of the digits")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of the characters")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--markdown", type=Path)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    tasks, schemes = options.tasks.split(","), options.schemes.split(";")
+    given = options.scheme or SCHEMES
+    schemes = [CONTROL, *(spec for spec in given if spec != CONTROL)]
+    for spec in schemes:
+        policy_of(spec)  # fails here and now if there is no such compression
+    everything = {"digits": options.epochs, "characters": options.steps}
+    lengths = {task: everything[task] for task in options.task or TASKS}
     if options.result:
-        rank_main(tasks, schemes, options.seeds, options.result)
+        rank_main(lengths, schemes, options.seeds, options.result)
         return
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "curves.json")
-        chosen = ["--tasks", options.tasks, "--schemes", options.schemes]
         request = Request(
             script=__file__,
-            arguments=[*chosen, "--seeds", str(options.seeds), "--result", str(result)],
+            arguments=[*sys.argv[1:], "--result", str(result)],
             ranks=options.ranks,
             environment={"OMP_NUM_THREADS": "1"},
         )
@@ -215,7 +233,11 @@ def main() -> None:
         if code:
             sys.exit(code)
         curves: Curves = json.loads(result.read_text())
-    show(curves, options.ranks)
+    tables = [table(task, found, options.ranks) for task, found in curves.items()]
+    for each in tables:
+        printing.show(each)
+    if options.markdown:
+        options.markdown.write_text("\n".join(map(printing.markdown, tables)))
     if options.picture:
         draw(curves, options.picture)
     if options.json:

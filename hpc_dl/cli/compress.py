@@ -9,8 +9,7 @@ from rich.table import Table
 
 from hpc_dl.cli.output import console
 from hpc_dl.compress import Unit, names
-from hpc_dl.compress.base import Compressor
-from hpc_dl.compress.registry import DECORATORS, find, options_of
+from hpc_dl.compress.registry import DECORATORS, REQUIRED, find, options_of
 
 #: A matrix of this shape is what the ratio is given for, among as many ranks.
 SHAPE, RANKS = (1024, 1024), 4
@@ -33,7 +32,8 @@ def list_command(as_json: bool) -> None:
     """Show all compressors: name, reduction class, ratio, options.
 
     The ratio is that of float32 bytes to the bytes of one rank's encoding of a matrix of 1024
-    x 1024 among 4 ranks. A compressor is chosen by its name and options: in a script with
+    x 1024 among 4 ranks; none is shown where it depends on the data, or on an option that must be
+    given. A compressor is chosen by its name and options: in a script with
     compression="topk:ratio=0.01", in a job with --compression topk:ratio=0.01.
 
     \b
@@ -43,7 +43,7 @@ def list_command(as_json: bool) -> None:
     """
     found = [_facts(name) for name in names()]
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(found, indent=2, default=str))
         return
     out = console()
     table = Table(show_edge=False)
@@ -51,7 +51,7 @@ def list_command(as_json: bool) -> None:
         table.add_column(title, justify="right" if title == "ratio" else "left")
     for facts in found:
         options = ", ".join(f"{key}={value}" for key, value in facts["options"].items())
-        ratio = "data" if facts["ratio"] is None else f"{facts['ratio']:.1f}"
+        ratio = "" if facts["ratio"] is None else f"{facts['ratio']:.1f}"
         table.add_row(facts["name"], facts["class"], ratio, options, facts["summary"])
     out.print(table)
     out.print("\noptions of each of them:")
@@ -65,9 +65,9 @@ def _facts(name: str) -> dict[str, Any]:
     kind = find(name)
     options = options_of(kind)
     unit = Unit.single("matrix", SHAPE)
-    compressor: Compressor = kind()
-    fixed = getattr(compressor, "fixed", True)
-    ratio = 4 * unit.size / compressor.payload_bytes(unit, RANKS) if fixed else None
+    ratio = None
+    if getattr(kind, "fixed", True) and not any(value is REQUIRED for value in options.values()):
+        ratio = 4 * unit.size / kind().payload_bytes(unit, RANKS)
     said = kind.summary or (inspect.getdoc(kind) or "").partition("\n")[0]
     return {
         "name": name,

@@ -1,16 +1,20 @@
 """``hpc-dl plan``."""
 
+import contextlib
+import importlib
 import json
 import math
 
 import click
-from rich.table import Table
+import numpy as np
 
+from hpc_dl.arrays import Parameter
 from hpc_dl.cli import quantities
-from hpc_dl.cli.output import console
-from hpc_dl.compress import Segment, Unit, make
-from hpc_dl.reduce.cost import Load, Prediction, best, network_of_link, predict
-from hpc_dl.reduce.measure import measure_kernel
+from hpc_dl.compress import make, policy_of
+from hpc_dl.reduce.build import Division, divide
+from hpc_dl.reduce.cost import Costs, Load, Network, best, network_of_link, predict
+from hpc_dl.reduce.measure import casts_of, elements_of, measure_cast, measure_work, schemes_of
+from hpc_dl.reduce.table import render
 
 #: Those that change gradients least first.
 CANDIDATES = (
@@ -25,8 +29,8 @@ CANDIDATES = (
 )
 #: Elements of a side of the square matrices that a model is taken to be made of, at most.
 SIDE = 1024
-#: Matrices of a bucket.
-BUCKET = 2
+#: Bytes of a bucket.
+BUCKET_BYTES = 8 << 20
 
 
 @click.command("plan")
@@ -54,7 +58,7 @@ BUCKET = 2
     metavar="SPEC",
     help="A candidate, instead of the usual ones; may be given several times.",
 )
-@click.option("--busy-cores", is_flag=True, help="Kernels take their time from the computation.")
+@click.option("--busy-cores", is_flag=True, help="Encoding takes its time from the computation.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     params: float,
@@ -68,8 +72,9 @@ def command(
 ) -> None:
     """Predict what compression would gain on a cluster that one does not have.
 
-    The model is taken to be square matrices of up to 1024 x 1024. Kernels are measured on this
-    machine, on one core; the network is a link of each node, with the latency of a message.
+    The model is taken to be square matrices of up to 1024 x 1024. What a rank does beside the
+    network is measured on this machine; the network is a link of each node, with the latency of a
+    message. compression="auto" logs the same table, with the network measured too.
 
     \b
     Examples:
@@ -77,49 +82,37 @@ def command(
       hpc-dl plan --params 1.3B --ranks 8 --bandwidth 1Gbit --compute 2s
       hpc-dl plan --params 25M --ranks 4 --bandwidth 100Mbit --compression topk:ratio=0.001
     """
-    units = _units(int(params))
-    load = Load(units, compute, compute * 2 / 3, spare_core=not busy_cores)
-    network = network_of_link(ranks, bandwidth, latency)
+    parameters = _parameters(int(params))
     specs = specs or CANDIDATES
-    found = [predict(s, load, network, measure_kernel(s)) for s in map(make, specs)]
+    divisions = [divide(parameters, BUCKET_BYTES, policy_of(make(spec))) for spec in specs]
+    costs = _measure(divisions, network_of_link(ranks, bandwidth, latency))
+    load = Load(compute, compute * 2 / 3, spare_core=not busy_cores)
+    found = [predict(s, d, load, costs) for s, d in zip(specs, divisions, strict=True)]
     chosen = best(found)
     if as_json:
         rows = [
-            {"compression": spec, **p._asdict(), "scheme": p.scheme.describe(), "best": p is chosen}
-            for spec, p in zip(specs, found, strict=True)
+            {"compression": p.name, **p._asdict(), "scheme": make(p.name).describe()}
+            | {"best": p is chosen}
+            for p in found
         ]
         click.echo(json.dumps(rows, indent=2))
     else:
-        _show(specs, found, chosen)
+        click.echo(render(found, chosen))
 
 
-def _units(params: int) -> tuple[Unit, ...]:
+def _parameters(params: int) -> list[Parameter]:
     matrices = max(1, math.ceil(params / SIDE**2))
     side = max(1, round((params / matrices) ** 0.5))
-    segments = [
-        Segment(f"matrix{i}", (side, side), (i % BUCKET) * side**2) for i in range(matrices)
-    ]
-    parts = [tuple(segments[i : i + BUCKET]) for i in range(0, matrices, BUCKET)]
-    return tuple(Unit(part, sum(segment.size for segment in part)) for part in parts)
+    return [Parameter(f"matrix{i}", (side, side), np.dtype(np.float32)) for i in range(matrices)]
 
 
-def _show(specs: tuple[str, ...], found: list[Prediction], chosen: Prediction) -> None:
-    by_spec = dict(zip(specs, found, strict=True))
-    # What all are compared with: what one would do without, where that is among them.
-    controls: list[str] = [spec for spec in ("none", "fp16") if spec in by_spec]
-    controls = controls or [specs[0]]
-    table = Table(show_edge=False)
-    table.add_column("compression", no_wrap=True)
-    titles = ["MB sent", "network ms", "kernels ms", "step ms"]
-    for title in titles + [f"than {spec}" for spec in controls]:
-        table.add_column(title, justify="right")
-    for spec, p in zip(specs, found, strict=True):
-        row = [
-            f"[bold]{spec} <-[/bold]" if p is chosen else spec,
-            f"{p.sent / 1e6:.2f}",
-            f"{p.network * 1e3:.1f}",
-            f"{p.kernels * 1e3:.1f}",
-            f"{p.step * 1e3:.1f}",
-        ]
-        table.add_row(*row, *(f"{by_spec[spec].step / p.step:.2f} x" for spec in controls))
-    console().print(table)
+def _measure(divisions: list[Division], network: Network) -> Costs:
+    """Measure on this machine what is not given."""
+    elements = elements_of(divisions)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch")  # whose casts are used where it is loaded
+    return Costs(
+        network,
+        {s: measure_work(s, network.size, elements) for s in schemes_of(divisions)},
+        {name: measure_cast(name, elements) for name in casts_of(divisions)},
+    )

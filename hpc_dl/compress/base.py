@@ -9,6 +9,10 @@ pairing that cannot work cannot be written:
 * ``Sparsifier``: selects entries (GATHER).
 
 Compressors are frozen dataclasses: their fields are the options of the spec string.
+
+A step that is not finite on any rank, or whose sum is not, leaves no trace on any: what is left,
+momentum and state are as before it. The engine hands out copies and keeps them only where the
+step counts, so a compressor need not see to that.
 """
 
 from abc import ABC, abstractmethod
@@ -23,7 +27,8 @@ Array = NDArray[Any]
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 
-#: What a compressor remembers from step to step; the arrays are updated in place.
+#: What a compressor remembers from step to step; the arrays are updated in place, and what has
+#: changed is kept if the step counts.
 State = dict[str, Array]
 
 
@@ -157,6 +162,9 @@ class AllReduced(Compressor):
                 and ``left``, which are two as well.
             left: where error feedback is on, to be filled with what of ``x`` was not sent,
                 such that the mean of ``x - left`` over the ranks is what ``out`` becomes.
+
+        A rank whose gradient is not finite is handed nothing but NaN. It must yield the same
+        buffers, and NaN must come out of them on all ranks.
         """
 
 
@@ -233,7 +241,3 @@ class Sparsifier(Compressor):
         Linear in ``total``.
         """
         np.copyto(out, total)
-
-    def give_back(self, chosen: Sparse, left: Floats, unit: Unit) -> None:
-        """Add to ``left`` entries that were selected, and sent in vain."""
-        left[chosen.indices] += chosen.values

@@ -101,13 +101,6 @@ class Demo(Sparsifier):
                 part = slice(*piece)
                 np.matmul(_chunks(total[part]), cosines(), out=_chunks(out[part]))
 
-    def give_back(self, chosen: Sparse, left: Floats, unit: Unit) -> None:
-        """Add what coefficients that were sent in vain stand for."""
-        total, values = np.zeros_like(left), np.empty_like(left)
-        total[chosen.indices] = chosen.values
-        self.restore(total, values, unit)
-        left += values
-
     def _room(self, ranges: tuple[_Range, ...]) -> int:
         """Return how many coefficients are sent at most: all but zeros."""
         return sum(

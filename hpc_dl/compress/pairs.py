@@ -12,12 +12,40 @@ from hpc_dl.compress.rules import Policy, policy_of
 from hpc_dl.compress.scheme import Scheme
 from hpc_dl.errors import OptionError
 
-Family = Literal["sgd", "adaptive", "other"]
+Family = Literal["sgd", "adaptive", "sign", "other"]
 
-#: Parts of the names of optimizers that divide by a running size of the gradient.
-_ADAPTIVE = ("adam", "lamb", "adagrad", "adadelta", "adafactor", "rmsprop", "nadam", "ftrl")
-#: Compressors of which little but the sign arrives.
-_SIGNS = ("onebit",)
+#: Parts of the names of optimizers that divide by a running size of the gradient, or of its
+#: second moments (Shampoo, SOAP), or of the curvature (Sophia, AdaHessian).
+_ADAPTIVE = (
+    "adabelief",
+    "adabound",
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adahessian",
+    "adam",
+    "adan",
+    "adasmooth",
+    "ademamix",
+    "adopt",
+    "diffgrad",
+    "ftrl",
+    "lamb",
+    "laprop",
+    "madgrad",
+    "novograd",
+    "prodigy",
+    "ranger",
+    "rmsprop",
+    "shampoo",
+    "soap",
+    "sophia",
+    "yogi",
+)
+#: Names of others of them, which are parts of other words.
+_ADAPTIVE_NAMES = ("came",)
+#: Parts of the names of optimizers that take the sign of the gradient or of a momentum.
+_SIGN = ("lion", "rprop", "signsgd", "signum", "tiger")
 
 _ANYWAY = "hpc_dl.compress.unchecked(compression) lets it pass"
 
@@ -43,6 +71,10 @@ def family_of(names: Iterable[str]) -> Family:
     lower = [name.lower() for name in names]
     if any(part in name for name in lower for part in _ADAPTIVE):
         return "adaptive"
+    if any(name in _ADAPTIVE_NAMES for name in lower):
+        return "adaptive"
+    if any(part in name for name in lower for part in _SIGN):
+        return "sign"
     return "sgd" if any("sgd" in name for name in lower) else "other"
 
 
@@ -141,7 +173,7 @@ def _momenta(optimizer: Optimizer, scheme: Scheme) -> str | None:
     if not scheme.momentum and not scheme.compressor.owns_momentum:
         return None
     whose = f"compression={scheme.name!r} takes momentum before it compresses"
-    if optimizer.family == "adaptive":
+    if optimizer.family in ("adaptive", "sign"):
         return (
             f"{whose}, which {optimizer.name} would take for a gradient; use SGD with momentum=0, "
             "or a compression without momentum"
@@ -173,7 +205,7 @@ def _shared(optimizer: Optimizer, scheme: Scheme) -> str | None:
 def _signs(optimizer: Optimizer, scheme: Scheme) -> str | None:
     """The variance of signs says nothing about that of the gradient."""
     corrected = scheme.residual != "off" and not optimizer.shared_momentum
-    if optimizer.family == "adaptive" and scheme.name in _SIGNS and corrected:
+    if optimizer.family == "adaptive" and scheme.name == "onebit" and corrected:
         return (
             f"compression={scheme.name!r} with {optimizer.name} does not converge: the variance "
             "of what is sent is not that of the gradient (Tang et al., ICML 2021); use OneBitAdam "
@@ -184,11 +216,19 @@ def _signs(optimizer: Optimizer, scheme: Scheme) -> str | None:
 
 def advice(optimizer: Optimizer, scheme: Scheme) -> str | None:
     """Say what to look out for in a pair that may well converge."""
-    adaptive = optimizer.family == "adaptive" and not optimizer.shared_momentum
-    if adaptive and scheme.residual != "off":
+    if optimizer.family not in ("adaptive", "sign") or optimizer.shared_momentum:
+        return None
+    if scheme.residual != "off":
+        remedy = ", or use OneBitAdam" if optimizer.family == "adaptive" else ""
         return (
             f"compression={scheme.name!r} keeps what it does not send for later, which suits "
             f"optimizers that are linear in the gradient; {optimizer.name} is not. Compare the "
-            "accuracy with a run without compression, or use OneBitAdam"
+            f"accuracy with a run without compression{remedy}"
+        )
+    if not scheme.compressor.keeps_scale:
+        return (
+            f"{optimizer.name} with compression={scheme.name!r} is signSGD with momentum "
+            "(Bernstein et al., ICML 2018): all values that arrive have one magnitude, so there "
+            "is nothing for it to adapt to. Choose the learning rate for that, or use SGD"
         )
     return None

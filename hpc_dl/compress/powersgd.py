@@ -4,17 +4,15 @@ import functools
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from hpc_dl.compress.base import AllReduced, Floats, Reduction, Round, Segment, State, Step, Unit
 from hpc_dl.compress.kernels import lowrank
+from hpc_dl.compress.products import Products
 from hpc_dl.compress.random import generator, key_of
 from hpc_dl.errors import OptionError
-
-#: Rows of which the matrix product reads its operand once: they stay in the cache.
-_ROWS = 64
 
 
 class _Matrix(NamedTuple):
@@ -29,7 +27,7 @@ class _Matrix(NamedTuple):
         """Height and width."""
         return self.height, self.width
 
-    def of(self, flat: Floats) -> Floats:
+    def of(self, flat: Any) -> Any:
         """View it in a flat array."""
         return flat[self.segment.offset : self.segment.stop].reshape(self.height, self.width)
 
@@ -122,36 +120,57 @@ class PowerSgd(AllReduced):
         self, x: Floats, out: Floats, left: Floats | None, state: State, unit: Unit, step: Step
     ) -> Generator[Round, None, None]:
         """Average P = M Q, make it orthonormal, average Q = Mᵀ P; the average is P Qᵀ."""
+        return self.rounds_with(Products(), x, out, left, state, unit, step)
+
+    def rounds_with(
+        self, products: Products, x: Any, out: Any, left: Any, state: State, unit: Unit, step: Step
+    ) -> Generator[Round, None, None]:
+        """Do what ``rounds`` does with arrays of another kind; ``state`` stays on the host."""
         plan = _plan(unit, self.rank)
-        q_all = np.empty(plan.size(1, self.rank), np.float32)
-        q_of = _parts(q_all, plan, 1, self.rank)
-        for matrix, q in zip(plan.matrices, q_of, strict=True):
-            q[:] = self._start(matrix, state, step)
-        p_of: list[Floats] = []
+        drawn = np.empty(plan.size(1, self.rank), np.float32)
+        for matrix, part in zip(plan.matrices, _parts(drawn, plan, 1, self.rank), strict=True):
+            part[:] = self._start(matrix, state, step)
+        q_all = products.from_host(drawn)
+        q_of, p_of = _parts(q_all, plan, 1, self.rank), []
+        thin = plan.size(0, self.rank)
         for iteration in range(self.iterations):
-            dense_size = 0 if iteration else plan.dense_size
-            p_all = np.empty(plan.size(0, self.rank) + dense_size, np.float32)
-            dense = p_all[len(p_all) - dense_size :]
-            if dense_size:
-                np.concatenate([x[a:b] for a, b in plan.dense], out=dense)
-            p_of = [part.T for part in _columns(p_all, plan, self.rank)]
-            for matrix, q, p in zip(plan.matrices, q_of, p_of, strict=True):
-                _times(matrix.of(x), _unit(q).T.copy(), p.T)
+            p_all = products.empty(thin + (0 if iteration else plan.dense_size))
+            if len(p_all) > thin:
+                products.join([x[a:b] for a, b in plan.dense], p_all[thin:])
+            for matrix, q, p in zip(
+                plan.matrices, q_of, _columns(p_all, plan, self.rank), strict=True
+            ):
+                products.times(matrix.of(x), q, p)
             if len(p_all):
                 yield Round(p_all, "average")
-            if dense_size:
-                _spread(dense, plan, out, left)
-            for number, (matrix, q) in enumerate(zip(plan.matrices, q_of, strict=True)):
-                p = p_of[number] = np.ascontiguousarray(p_of[number])
-                lowrank.orthonormalise(p, key_of("powersgd", matrix.segment.name))
-                np.matmul(p, matrix.of(x), out=q)
+            if len(p_all) > thin:
+                _spread(p_all[thin:], plan, out, left)
+            p_of = self._orthonormal(products, plan, p_all[:thin])
+            for matrix, q, p in zip(plan.matrices, q_of, p_of, strict=True):
+                products.project(p, matrix.of(x), q)
             if len(q_all):
                 yield Round(q_all, "average")
         for matrix, p, q in zip(plan.matrices, p_of, q_of, strict=True):
-            rest = matrix.of(out if left is None else left)
-            lowrank.multiply(p, q, matrix.of(x), matrix.of(out), rest, left is not None)
-            if self.warm_start:
+            rest = None if left is None else matrix.of(left)
+            products.multiply(p, q, matrix.of(x), matrix.of(out), rest)
+        if self.warm_start:
+            after = _parts(products.to_host(q_all), plan, 1, self.rank)
+            for matrix, q in zip(plan.matrices, after, strict=True):
                 state[f"q.{matrix.segment.name}"] = q.copy()
+
+    def _orthonormal(self, products: Products, plan: _Plan, p_all: Any) -> list[Any]:
+        """Return orthonormal P, transposed: on the host, by the one kernel for this.
+
+        So ranks that have averaged the same P go on with the same bytes, whatever GPU they have.
+        """
+        rows = np.empty(len(p_all), np.float32)
+        host = _columns(products.to_host(p_all), plan, self.rank)
+        for matrix, column, row in zip(
+            plan.matrices, host, _parts(rows, plan, 0, self.rank), strict=True
+        ):
+            row[:] = column.T
+            lowrank.orthonormalise(row, key_of("powersgd", matrix.segment.name))
+        return _parts(products.from_host(rows), plan, 0, self.rank)
 
     def _draw(self, matrix: _Matrix, *key: int | str) -> Floats:
         shape = self.rank, matrix.width
@@ -169,7 +188,7 @@ class PowerSgd(AllReduced):
         return q
 
 
-def _parts(flat: Floats, plan: _Plan, axis: int, rank: int) -> list[Floats]:
+def _parts(flat: Any, plan: _Plan, axis: int, rank: int) -> list[Any]:
     """View the matrices' parts of a buffer, each of shape (rank, length)."""
     parts, end = [], 0
     for matrix in plan.matrices:
@@ -178,27 +197,12 @@ def _parts(flat: Floats, plan: _Plan, axis: int, rank: int) -> list[Floats]:
     return parts
 
 
-def _columns(flat: Floats, plan: _Plan, rank: int) -> list[Floats]:
+def _columns(flat: Any, plan: _Plan, rank: int) -> list[Any]:
     """View the P of the matrices in a buffer, each of shape (height, rank)."""
     return [part.reshape(-1, rank) for part in _parts(flat, plan, 0, rank)]
 
 
-def _unit(q: Floats) -> Floats:
-    """Scale each row to norm 1: the products neither overflow nor underflow.
-
-    What is spanned, which is all that counts, stays the same.
-    """
-    norms = np.sqrt(np.square(q, dtype=np.float64).sum(axis=1, keepdims=True))
-    return np.asarray(q / np.maximum(norms, np.finfo(np.float64).tiny), np.float32)
-
-
-def _times(matrix: Floats, q: Floats, out: Floats) -> None:
-    """Multiply by a thin matrix, some rows at a time."""
-    for start in range(0, len(matrix), _ROWS):
-        np.matmul(matrix[start : start + _ROWS], q, out=out[start : start + _ROWS])
-
-
-def _spread(dense: Floats, plan: _Plan, out: Floats, left: Floats | None) -> None:
+def _spread(dense: Any, plan: _Plan, out: Any, left: Any) -> None:
     """Write averages to their places; nothing is left of them."""
     end = 0
     for a, b in plan.dense:

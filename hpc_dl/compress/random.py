@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 #: Steele, Lea, Flood: "Fast splittable pseudorandom number generators", OOPSLA 2014.
 GOLDEN = np.uint32(0x9E3779B9)
+#: Mueller's multiplier; the functions in ``kernels.draw`` and ``device.codec`` are this one.
+MIX = np.uint32(0x45D9F3B)
 
 
 def key_of(*parts: int | str) -> int:
@@ -27,9 +29,9 @@ def hashed(key: int, counters: NDArray[np.uint32]) -> NDArray[np.uint32]:
     """Return 32 random bits for each counter (Mueller's integer hash of key and counter)."""
     x = counters * GOLDEN + np.uint32(key)
     x ^= x >> np.uint32(16)
-    x *= np.uint32(0x45D9F3B)
+    x *= MIX
     x ^= x >> np.uint32(16)
-    x *= np.uint32(0x45D9F3B)
+    x *= MIX
     x ^= x >> np.uint32(16)
     return x
 

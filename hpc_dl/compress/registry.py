@@ -49,6 +49,13 @@ BUILT_IN: dict[str, tuple[str, str]] = {
     "demo": ("demo", "Demo"),
 }
 
+
+class _Required(str):
+    """Stands for the default of an option that has none; it is known by its identity."""
+
+
+REQUIRED = _Required("required")
+
 #: Options that every scheme has, beside those of its compressor.
 DECORATORS = {
     "error_feedback": "fp32, bf16, int8 or off: keep what was not sent, in this type",
@@ -125,8 +132,15 @@ def find(name: str) -> type[Compressor]:
 
 
 def options_of(kind: type[Compressor]) -> dict[str, Any]:
-    """Return a compressor's options and their defaults."""
-    return {field.name: field.default for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    """Return a compressor's options and their defaults, ``REQUIRED`` where there is none."""
+    every: tuple[dataclasses.Field[Any], ...] = dataclasses.fields(kind)  # type: ignore[arg-type]
+    return {field.name: _default(field) for field in every if field.init}
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return REQUIRED if field.default is dataclasses.MISSING else field.default
 
 
 def make(spec: str | Mapping[str, Any] | Spec) -> Scheme:
@@ -152,12 +166,18 @@ def make(spec: str | Mapping[str, Any] | Spec) -> Scheme:
             )
         spec = Spec(given.pop("name"), given)
     kind = find(spec.name)
-    check_options(spec, "compression", {*options_of(kind), *DECORATORS})
     known = options_of(kind)
+    check_options(spec, "compression", {*known, *DECORATORS})
     # An option of the compressor itself goes to it, even where a decorator has the same name.
     own = {
         key: value for key, value in spec.options.items() if key in known or key not in DECORATORS
     }
+    missing = [key for key, value in known.items() if value is REQUIRED and key not in own]
+    if missing:
+        form = ",".join(f"{key}=VALUE" for key in missing)
+        raise OptionError(
+            f"compression {spec.name!r} needs {', '.join(missing)}; write {spec.name}:{form}"
+        )
     scheme = scheme_of(kind(**_typed(kind, own)))
     around = {key: value for key, value in spec.options.items() if key not in own}
     if "error_feedback" in around:

@@ -14,38 +14,31 @@ class Residual(ABC):
 
     @abstractmethod
     def load(self) -> Floats:
-        """Return the values; give the changed array back to ``store``."""
+        """Return a copy of the values."""
 
     @abstractmethod
     def store(self, values: Floats) -> None:
-        """Keep these values."""
+        """Keep these values; the array belongs to the residual from then on."""
 
     @property
     @abstractmethod
     def nbytes(self) -> int:
         """The bytes it takes."""
 
-    def take(self) -> Floats:
-        """Return a copy of the values and forget them."""
-        values = self.load().copy()
-        self.store(np.zeros_like(values))
-        return values
-
 
 class Float32Residual(Residual):
-    """Exact; ``load`` gives the memory itself."""
+    """Exact."""
 
     def __init__(self, size: int):
         self._values = np.zeros(size, np.float32)
 
     def load(self) -> Floats:
-        """Return the memory."""
-        return self._values
+        """Copy."""
+        return self._values.copy()
 
     def store(self, values: Floats) -> None:
-        """Copy from elsewhere; do nothing for the memory itself."""
-        if values is not self._values:
-            np.copyto(self._values, values)
+        """Take the array over."""
+        self._values = values
 
     @property
     def nbytes(self) -> int:

@@ -5,7 +5,8 @@ what compression harms, so they stay dense unless a rule says otherwise.
 """
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +23,21 @@ MIN_BYTES = 64 << 10
 MIN_NDIM = 2
 
 
-class Limits(NamedTuple):
-    """What compression must not do to a gradient; beyond it all ranks send bfloat16 instead."""
+#: Option of ``Limits`` -> whether a number is allowed, and which are, in words.
+_ALLOWED: dict[str, tuple[Callable[[float], bool], str]] = {
+    "min_cosine": (lambda x: -1 <= x <= 1, "from -1 to 1"),
+    "max_residual": (lambda x: x > 0, "above 0"),
+    "max_loss": (lambda x: x > 1, "above 1"),
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What compression must not do to a gradient; beyond it all ranks send bfloat16 instead.
+
+    Raises:
+        OptionError: a value that is not allowed.
+    """
 
     every: int = 100
     """Steps between two looks; 0 looks never."""
@@ -37,6 +51,16 @@ class Limits(NamedTuple):
     """Steps without compression before it is tried again."""
     tries: int = 3
     """Suspensions after which it is not tried again."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 0), ("pause", 1), ("tries", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise OptionError(f"limits: {name}={value!r}; give a whole number from {least} on")
+        for name, (allowed, said) in _ALLOWED.items():
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not allowed(value):
+                raise OptionError(f"limits: {name}={value!r}; give a number {said}")
 
 
 class Auto(NamedTuple):
@@ -171,13 +195,20 @@ def only(
     return Rule(_scheme(compression), pattern, min_bytes, min_ndim)
 
 
-def policy_of(compression: Any) -> Policy:
+def policy_of(
+    compression: Any,
+    *,
+    limits: Limits | Mapping[str, Any] | None = None,
+    seed: int | None = None,
+) -> Policy:
     """Read what the user gives as ``compression``.
 
     Args:
         compression: a spec string, a mapping with a ``name``, a compressor, a scheme, a
             rule, or a list of rules and of pairs (pattern, compression); ``"auto"``, or an
-            ``Auto``.
+            ``Auto``. A mapping may have ``limits`` and ``seed``, too.
+        limits: when compression is suspended: ``Limits``, or a mapping of some of them.
+        seed: of random numbers, below 2**32; the same on all ranks.
 
     Raises:
         OptionError: something else, or a bad name or option.
@@ -185,7 +216,42 @@ def policy_of(compression: Any) -> Policy:
     >>> policy = policy_of([("*.bias", "none"), ("*", "topk:ratio=0.01")])
     >>> policy.travel("fc.weight", (1000, 1000), "float32").scheme.name
     'topk'
+    >>> policy_of({"name": "onebit", "limits": {"every": 10}, "seed": 7}).limits.every
+    10
     """
+    if isinstance(compression, Mapping):
+        # Those of the policy, unless the compressor has an option of that name.
+        name = compression.get("name")
+        own = registry.options_of(registry.find(name)) if isinstance(name, str) else {}
+        ours = [key for key in ("limits", "seed") if key in compression and key not in own]
+        given = {key: compression[key] for key in ours}
+        compression = {key: compression[key] for key in compression if key not in given}
+        limits, seed = given.get("limits", limits), given.get("seed", seed)
+    policy = _policy(compression)
+    if limits is not None:
+        policy = policy._replace(limits=_limits(limits))
+    if seed is not None:
+        if type(seed) is not int or not 0 <= seed < 1 << 32:
+            raise OptionError(f"seed={seed!r}; give a whole number from 0 to {(1 << 32) - 1}")
+        policy = policy._replace(seed=seed)
+    return policy
+
+
+def _limits(given: Limits | Mapping[str, Any]) -> Limits:
+    if isinstance(given, Limits):
+        return given
+    if not isinstance(given, Mapping):
+        raise OptionError(f"limits={given!r}; give a mapping such as {{'every': 10}}, or Limits")
+    known = [field.name for field in fields(Limits)]
+    for key in given:
+        if key not in known:
+            raise OptionError(
+                f"unknown option {key!r} for limits; valid: {', '.join(sorted(known))}"
+            )
+    return Limits(**given)
+
+
+def _policy(compression: Any) -> Policy:
     if isinstance(compression, Policy):
         return compression
     if compression == "auto":

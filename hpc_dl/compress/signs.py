@@ -54,8 +54,9 @@ class OneBit(Codec):
 class SignSgd(Codec):
     """The sign of each value alone; the ranks take a majority vote.
 
-    What comes out is ``scale`` or ``-scale``: choose the learning rate for that. Bernstein et
-    al., "signSGD with majority vote", ICLR 2019.
+    What comes out is ``scale`` or ``-scale``: choose the learning rate for that. A zero, and a
+    tie of the votes, comes out as either with the same probability, so that it has no drift.
+    Bernstein et al., "signSGD with majority vote", ICLR 2019.
     """
 
     scale: float = 1.0
@@ -72,9 +73,17 @@ class SignSgd(Codec):
 
     def encode(self, x: Floats, key: int) -> Bytes:
         """Encode ``x``."""
-        return np.packbits(x < 0, bitorder="little")
+        payload = np.empty(-(-len(x) // 8), np.uint8)
+        signs.pack(x, key, payload)
+        return payload
 
     def decode(self, payload: Bytes, out: Floats) -> None:
         """Write plus or minus ``scale``."""
-        negative = np.unpackbits(payload, count=len(out), bitorder="little")
-        out[:] = np.float32(self.scale) * (1 - 2 * negative.astype(np.float32))
+        signs.decode(self._scales(out), payload, out, False)
+
+    def decode_add(self, payload: Bytes, out: Floats) -> None:
+        """Add plus or minus ``scale``."""
+        signs.decode(self._scales(out), payload, out, True)
+
+    def _scales(self, out: Floats) -> Floats:
+        return np.full(-(-len(out) // signs.BLOCK), self.scale, np.float32)

@@ -9,7 +9,7 @@ import keras
 
 from hpc_dl.errors import UnsupportedError
 from hpc_dl.world import Group
-from hpc_dl.world.reducers import Gradient, GradientOptions
+from hpc_dl.world.gradients import Gradient, GradientOptions
 from hpc_dl.world.replicas import ReplicaWatch
 
 #: The backends that are served; each is the name of an adapter too.
@@ -85,6 +85,15 @@ def outside_graph() -> contextlib.AbstractContextManager[Any]:
 
     scope: contextlib.AbstractContextManager[Any] = tf.init_scope()
     return scope
+
+
+def as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep AutoGraph from rewriting ``function``, which decides nothing on tensors."""
+    if NAME == "torch":
+        return function
+    from hpc_dl.tensorflow.host import as_written as on_tensorflow
+
+    return on_tensorflow(function)
 
 
 def is_traced() -> bool:

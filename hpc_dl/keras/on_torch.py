@@ -13,7 +13,8 @@ from hpc_dl.reduce import Traffic
 from hpc_dl.reduce.build import DENSE
 from hpc_dl.torch.compression import NoneCompressor
 from hpc_dl.world import Group
-from hpc_dl.world.reducers import Gradient, GradientOptions, Place, Reducers, group_names
+from hpc_dl.world.gradients import Gradient, GradientOptions, group_names
+from hpc_dl.world.reducers import Place, Reducers
 from hpc_dl.world.replicas import ReplicaWatch
 
 
@@ -71,9 +72,10 @@ class GradientReduction:
             for name, t in zip(names, sent, strict=True)
         )
         on_host = device.type == "cpu" or not self._compresses_on_device()
-        reducer, places = self.reducers.find(
+        found = self.reducers.find(
             parameters, groups, device, None if on_host else lambda x: _buffers(x, device)
         )
+        reducer, places = found.reducer, found.places
         for tensor, place in zip(sent, places, strict=True):
             _view(place).copy_(tensor.reshape(-1))
             reducer.ready(place.bucket)

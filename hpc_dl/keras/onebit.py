@@ -22,13 +22,14 @@ class SharedMomentum(keras.optimizers.Optimizer):
 
     def __init__(
         self,
-        learning_rate: Any,
+        learning_rate: Any = 1e-3,
+        *,
         freeze_step: int,
-        beta_1: float,
-        beta_2: float,
-        epsilon: float,
-        floor: float,
-        compression: Any,
+        beta_1: float = 0.9,
+        beta_2: float = 0.999,
+        epsilon: float = 1e-7,
+        floor: float = 0.1,
+        compression: Any = "onebit",
         **options: Any,
     ):
         """Check the options."""
@@ -159,31 +160,9 @@ class OneBitAdam(SharedMomentum):
     >>> hvd.shutdown()
     """
 
-    def __init__(
-        self,
-        learning_rate: Any = 1e-3,
-        *,
-        freeze_step: int,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-7,
-        floor: float = 0.1,
-        compression: Any = "onebit",
-        name: str = "onebit_adam",
-        **options: Any,
-    ):
+    def __init__(self, *args: Any, name: str = "onebit_adam", **options: Any):
         """Check the options."""
-        super().__init__(
-            learning_rate,
-            freeze_step,
-            beta_1,
-            beta_2,
-            epsilon,
-            floor,
-            compression,
-            name=name,
-            **options,
-        )
+        super().__init__(*args, name=name, **options)
 
 
 @keras.saving.register_keras_serializable(package="hpc_dl")
@@ -209,33 +188,16 @@ class OneBitLamb(SharedMomentum):
 
     def __init__(
         self,
-        learning_rate: Any = 1e-3,
-        *,
-        freeze_step: int,
-        beta_1: float = 0.9,
-        beta_2: float = 0.999,
-        epsilon: float = 1e-7,
-        floor: float = 0.1,
+        *args: Any,
         ratio_range: Sequence[float] = (0.01, 10.0),
         ratio_beta: float = 0.9,
         factor_range: Sequence[float] = (0.5, 4.0),
         factor_change: float = 0.1,
-        compression: Any = "onebit",
         name: str = "onebit_lamb",
         **options: Any,
     ):
         """Check the options."""
-        super().__init__(
-            learning_rate,
-            freeze_step,
-            beta_1,
-            beta_2,
-            epsilon,
-            floor,
-            compression,
-            name=name,
-            **options,
-        )
+        super().__init__(*args, name=name, **options)
         self.ratio_range, self.ratio_beta = tuple(ratio_range), ratio_beta
         self.factor_range, self.factor_change = tuple(factor_range), factor_change
 

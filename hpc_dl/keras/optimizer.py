@@ -17,22 +17,13 @@ from hpc_dl.comm import Op
 from hpc_dl.compress import pairs
 from hpc_dl.errors import OptionError, UnsupportedError
 from hpc_dl.keras.accumulation import Accumulator
-from hpc_dl.keras.backend import (
-    adapter,
-    compressor,
-    is_sparse,
-    is_traced,
-    outside_graph,
-    reduction,
-)
+from hpc_dl.keras.backend import adapter, as_written, compressor, is_sparse, is_traced
+from hpc_dl.keras.combination import Combination, names_of
 from hpc_dl.keras.onebit import SharedMomentum
-from hpc_dl.keras.saved_names import renamed
-from hpc_dl.reduce import Saved, Traffic
-from hpc_dl.world import Group, ProcessSet, global_process_set
+from hpc_dl.world import ProcessSet, global_process_set
+from hpc_dl.world.gradients import Gradient, GradientOptions, gradient_options
 from hpc_dl.world.local import LocalVariables, local_weights
 from hpc_dl.world.pairing import check_shared, fitting
-from hpc_dl.world.reducers import Gradient, GradientOptions, gradient_options, unique
-from hpc_dl.world.replicas import ReplicaWatch
 
 
 class Passes(NamedTuple):
@@ -71,18 +62,14 @@ class Distribution:
         self._local, self._label = local, label
         self._own_apply = optimizer.apply
         self._accumulator: Accumulator | None = None
-        self._reduction: Any = None
-        self._saved: Saved = {}
-        self._names: list[str] = []
-        self._watch: ReplicaWatch | None = None
-        self._group: Group | None = None
+        self._combination = combination = Combination(optimizer, options, label)
         self._caller_is_known = False
         optimizer.apply = self.apply
         optimizer.register_local_var = local.add
-        optimizer.traffic = self.traffic
-        optimizer.compression_state = self.compression_state
-        optimizer.load_compression_state = self.load_compression_state
-        optimizer.report_loss = self.report_loss
+        optimizer.traffic = combination.traffic
+        optimizer.compression_state = combination.compression_state
+        optimizer.load_compression_state = combination.load_compression_state
+        optimizer.report_loss = combination.report_loss
         optimizer.distribution = self
 
     def apply(self, grads: Sequence[Any], trainable_variables: Iterable[Any] | None = None) -> None:
@@ -122,36 +109,9 @@ class Distribution:
         """Stop wrapping this optimizer and wrap another one alike."""
         for name in _ADDED:
             delattr(self._optimizer, name)
-        return Distribution(optimizer, self._options, self._passes, self._local, self._label)
-
-    def traffic(self) -> Traffic:
-        """Return steps, bytes sent and seconds waited so far."""
-        if self._reduction is None:
-            return Traffic(0, 0, 0.0)
-        done: Traffic = self._reduction.traffic()
-        return done
-
-    def compression_state(self) -> Saved:
-        """Return what compression keeps between steps on this rank, by variable.
-
-        Of a world of another size, give ``load_compression_state`` what
-        ``hpc_dl.reduce.reshard`` makes of all ranks' states.
-        """
-        if self._reduction is None:
-            return self._saved
-        saved: Saved = self._reduction.reducers.compression_state()
-        return saved
-
-    def load_compression_state(self, saved: Saved) -> None:
-        """Take up what ``compression_state`` returned."""
-        self._saved = saved
-        if self._reduction is not None:
-            self._reduction.reducers.load_compression_state(renamed(saved, self._names))
-
-    def report_loss(self, loss: float) -> None:
-        """Let the guard of compression see this rank's loss; it suspends on a jump."""
-        if self._reduction is not None:
-            self._reduction.reducers.report_loss(float(loss))
+        moved = Distribution(optimizer, self._options, self._passes, self._local, self._label)
+        moved._combination.load_compression_state(self._combination.compression_state())
+        return moved
 
     # --- one step -------------------------------------------------------------------
 
@@ -159,7 +119,7 @@ class Distribution:
         self._own_apply(self._combined(gradients, variables), variables)
 
     def _combined(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
-        names = unique([_name(v) for v in variables])
+        names = names_of(variables)
         flat = [Gradient(*entry) for entry in zip(names, gradients, variables, strict=True)]
         local, process_set = self._local, self._options.process_set
         results = {
@@ -168,37 +128,12 @@ class Distribution:
             if g.value is not None
         }
         shared = [g for g in flat if g.source not in local]
-        momentum = self._optimizer if isinstance(self._optimizer, SharedMomentum) else None
-        if momentum is not None:
+        if isinstance(self._optimizer, SharedMomentum):
             self._check_dense(shared)
         if shared and process_set.included() and process_set.size() > 1:
-            self._begin(process_set.group(), momentum, shared)
-            number = None if momentum is None else momentum.iterations
-            reduced = self._reduction(shared, self._watch, number)
+            reduced = as_written(self._combination.combine)(shared)
             results.update(zip([g.name for g in shared], reduced, strict=True))
         return [results.get(name) for name in names]
-
-    def _begin(
-        self, group: Group, momentum: SharedMomentum | None, shared: Sequence[Gradient]
-    ) -> None:
-        """Set up for the running world, once."""
-        if momentum is not None:
-            momentum.receive_momentum([g.source for g in shared])
-        if self._group is not group:
-            self._group = group
-            self._reduction = reduction(group, self._options, self._label)
-            self._names = [g.name for g in shared]
-            saved = renamed(self._saved, self._names)
-            if momentum is not None and not saved:
-                with outside_graph():
-                    momenta = momentum.momenta([g.source for g in shared])
-                # Where compression has no state, it goes on from the optimizer's.
-                saved = {
-                    g.name: {"shared": m.astype("float32").reshape(-1)}
-                    for g, m in zip(shared, momenta, strict=False)
-                }
-            self._reduction.reducers.load_compression_state(saved)
-            self._watch = ReplicaWatch(group, self._options.guard)
 
     # --- checks ---------------------------------------------------------------------
 
@@ -237,10 +172,6 @@ class Distribution:
                     "model.fit() the callback BroadcastGlobalVariablesCallback does it for you"
                 )
             frame = frame.f_back
-
-
-def _name(variable: Any) -> str:
-    return str(getattr(variable, "path", None) or getattr(variable, "name", "variable"))
 
 
 def DistributedOptimizer(  # noqa: N802  (Horovod's name)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from hpc_dl.errors import OptionError
 from hpc_dl.reduce import Saved
+from hpc_dl.world.choice import CHOICE
 
 
 def renamed(saved: Saved, names: Sequence[str]) -> Saved:
@@ -22,6 +23,9 @@ def renamed(saved: Saved, names: Sequence[str]) -> Saved:
     """
     result: Saved = {}
     for old, state in saved.items():
+        if old == CHOICE:
+            result[old] = state
+            continue
         found = [old] if old in names else [name for name in names if _same_end(old, name)]
         if len(found) != 1:
             raise OptionError(

@@ -154,27 +154,44 @@ def unit_of(bucket: Bucket) -> Unit:
     return Unit(segments, bucket.size)
 
 
-def reshard(states: Sequence[Saved]) -> Saved:
-    """Make of the states of all ranks the one that every rank of a world of any size loads.
+def reshard(states: Sequence[Saved], *, op: Op = Op.AVERAGE, size: int | None = None) -> Saved:
+    """Make of the states of all ranks the one that every rank of a world of another size loads.
 
-    With an average of gradients, what the ranks together still owe is the mean of their
-    residuals; each new rank takes that mean, so nothing is lost or counted twice. What the
-    summing ranks owe lies in different places on different ranks, and is added up.
+    What the ranks together still owe stays the same, so nothing is lost or counted twice. Of an
+    average that is the mean of their residuals, and each new rank takes that mean. Of a sum it
+    is the sum, of which each new rank takes its part. What the summing ranks owe lies in
+    different places on different ranks, and is added up.
+
+    Args:
+        op: how gradients are combined, AVERAGE or SUM.
+        size: the new number of ranks; needed for SUM.
+
+    Raises:
+        OptionError: SUM without ``size``.
     """
     if not states:
         return {}
+    share = 1.0
+    if op is Op.SUM:
+        if size is None:
+            raise OptionError(
+                f"reshard() of the states of {len(states)} ranks with op=Sum; give size=, the "
+                "number of ranks that share what these owe"
+            )
+        share = len(states) / size
     result: Saved = {}
     for name, first in states[0].items():
+        every = [state[name] for state in states if name in state]
         result[name] = {
-            key: _merged(key, [state[name][key] for state in states if key in state.get(name, {})])
+            key: _merged(key, [state[key] for state in every if key in state], share)
             for key in first
         }
     return result
 
 
-def _merged(key: str, every: Sequence[Array]) -> Array:
+def _merged(key: str, every: Sequence[Array], share: float) -> Array:
     if key == "server":
-        return np.asarray(np.stack(every).sum(axis=0), np.float32)
+        return np.asarray(np.stack(every).sum(axis=0) * share, np.float32)
     if key in ("residual", "momentum"):
-        return np.asarray(np.stack(every).mean(axis=0), np.float32)
+        return np.asarray(np.stack(every).mean(axis=0) * share, np.float32)
     return every[0]

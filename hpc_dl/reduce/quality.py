@@ -15,6 +15,7 @@ from hpc_dl.reduce.exchange import Health
 
 log = logging.getLogger("hpc_dl.compress")
 
+_NOTHING = Health(0, 0, 0, 0, 0, 0)
 #: Weight of a new loss in the running average.
 _NEW = 0.1
 #: The step until which compression is suspended for good.
@@ -60,15 +61,20 @@ class Quality:
             return
         seen, self._seen = self._seen, []
         overflows, self._overflows = self._overflows, 0
-        if not seen:
-            return
         # All ranks must take this path alike, so what is not finite is counted, not raised.
-        mine = Health(*np.sum(np.array(seen), axis=0).tolist())
+        mine = Health(*(sum(figures) for figures in zip(*seen, strict=True))) if seen else _NOTHING
         rows = self._comm.exchange(np.array([*mine, overflows, self.loss], np.float64))
         together = Health(*rows[:, :-2].sum(axis=0).tolist())
-        reason = self._of_gradients(together, rows[:, -2].sum()) or self._of_losses(rows[:, -1])
+        loss = _mean(rows[:, -1])
+        reason = None
+        if seen:  # else nothing is compressed in this step
+            reason = self._of_gradients(together, rows[:, -2].sum()) or self._of_loss(loss)
         if reason is not None:
             self._suspend(step, reason)
+        elif math.isnan(self._average_loss):
+            self._average_loss = loss
+        elif not math.isnan(loss):
+            self._average_loss += _NEW * (loss - self._average_loss)
 
     def _of_gradients(self, seen: Health, overflows: float) -> str | None:
         if seen.not_finite:  # This step is no matter of compression, and tells nothing.
@@ -84,15 +90,9 @@ class Quality:
             return f"what is left of the steps before is {ratio:.3g} times the gradient"
         return None
 
-    def _of_losses(self, losses: np.ndarray) -> str | None:
-        if not np.isfinite(losses).any():
-            return None
-        losses = losses[np.isfinite(losses)]
-        loss, average = float(losses.mean()), self._average_loss
-        self._average_loss = loss if math.isnan(average) else average + _NEW * (loss - average)
-        if loss > self._limits.max_loss * average > 0:
-            self._average_loss = average
-            return f"the loss is {loss:.4g}, and was {average:.4g}"
+    def _of_loss(self, loss: float) -> str | None:
+        if loss > self._limits.max_loss * self._average_loss > 0:
+            return f"the loss is {loss:.4g}, and was {self._average_loss:.4g}"
         return None
 
     def state(self) -> np.ndarray:
@@ -119,3 +119,9 @@ class Quality:
                 "for good" if final else f"for {self._limits.pause} steps",
                 reason,
             )
+
+
+def _mean(losses: np.ndarray) -> float:
+    """Return the mean of those that were reported; NaN for none."""
+    known = losses[np.isfinite(losses)]
+    return float(known.mean()) if len(known) else math.nan

@@ -13,7 +13,8 @@ class Traffic(NamedTuple):
     wait_seconds: float
     """Seconds in which the training thread waited for reductions."""
     bytes_dense: int = 0
-    """Bytes that all-reduce of the same gradients without compression would have sent."""
+    """Bytes that the same gradients would have been without compression: all-reduced, or for
+    sparse ones, rows as they are with int64 numbers."""
 
 
 def total(parts: Iterable[Traffic]) -> Traffic:

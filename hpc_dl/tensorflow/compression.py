@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hpc_dl.compress import Policy
 from hpc_dl.errors import OptionError
-from hpc_dl.world.reducers import gradient_compression
+from hpc_dl.world.gradients import gradient_compression
 
 
 class Compressor:
@@ -75,7 +75,8 @@ def resolve(compression: Any) -> Any:
     return compression
 
 
-_CASTS = {"none": NoneCompressor, "fp16": FP16Compressor, "bf16": BF16Compressor}
+#: The casts by name.
+CASTS = {"none": NoneCompressor, "fp16": FP16Compressor, "bf16": BF16Compressor}
 
 
 def of_gradients(compression: Any) -> Any:
@@ -87,7 +88,7 @@ def of_gradients(compression: Any) -> Any:
     Raises:
         OptionError: neither; the message lists the names.
     """
-    return gradient_compression(compression, {kind: name for name, kind in _CASTS.items()})
+    return gradient_compression(compression, {kind: name for name, kind in CASTS.items()})
 
 
 def in_graph(compression: Any) -> Any:
@@ -96,5 +97,5 @@ def in_graph(compression: Any) -> Any:
     Compressors that do more work on the host, and nothing is cast before.
     """
     if isinstance(compression, Policy):
-        return _CASTS.get(compression.cast or "none")
+        return CASTS.get(compression.cast or "none")
     return compression

@@ -4,7 +4,8 @@ The dense gradients of a step travel in fusion buckets, in one call from the gra
 host; sparse ones gather the rows that each rank touched.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,15 +13,21 @@ import tensorflow as tf
 
 from hpc_dl.arrays import Parameter
 from hpc_dl.comm.protocol import Array
+from hpc_dl.compress import Policy
 from hpc_dl.reduce import Traffic
 from hpc_dl.reduce.build import DENSE
 from hpc_dl.reduce.traffic import bytes_of_allreduce
 from hpc_dl.tensorflow import host, native
-from hpc_dl.tensorflow.allreduce import allreduce_dense, allreduce_slices
-from hpc_dl.tensorflow.compression import in_graph
+from hpc_dl.tensorflow.allreduce import allreduce_dense
+from hpc_dl.tensorflow.compression import CASTS, in_graph
+from hpc_dl.tensorflow.sparse import allreduce_rows
 from hpc_dl.world import Group
-from hpc_dl.world.reducers import Gradient, GradientOptions, Reducers, group_names, on_host
+from hpc_dl.world.gradients import Gradient, GradientOptions, group_names, on_host
+from hpc_dl.world.reducers import Reducers
 from hpc_dl.world.replicas import ReplicaWatch
+
+#: Reduces, and tells whether the guard is due.
+Way = Callable[[], list[Any]]
 
 
 class GradientReduction:
@@ -33,10 +40,9 @@ class GradientReduction:
             label: says whose gradients they are, in error messages.
         """
         self.group, self._options = group, options
-        self._compressor = in_graph(options.compression)
-        policy = on_host(options.compression)
-        self._compresses = policy is not DENSE
-        self.reducers = Reducers(group, label, options.op, options.predivide, policy)
+        self._in_graph = in_graph(options.compression)
+        self._policy = on_host(options.compression)
+        self.reducers = Reducers(group, label, options.op, options.predivide, self._policy)
         self._steps, self._bytes, self._bytes_dense = 0, 0, 0
 
     def __call__(
@@ -64,14 +70,11 @@ class GradientReduction:
         dense = [g for g in present if not isinstance(g.value, tf.IndexedSlices)]
         results, due = self._reduce_dense(dense, watch, number)
         if sparse:
-            slices = allreduce_slices(
-                [g.value for g in sparse],
-                self._options.op,
-                f"{self.reducers.label}.{sparse[0].name}",
-                self._options.process_set,
-            )
+            given = self._options.compression
+            policy = given if isinstance(given, Policy) else DENSE
+            label, op = self.reducers.label, self._options.op
+            slices = allreduce_rows(sparse, op, policy, label, self.group, self._count_rows)
             results.update(zip([g.name for g in sparse], slices, strict=True))
-            self._count_rows([g.value for g in sparse])
         if self._options.guard:
             _compare_if(due, gradients, watch)
         return [results.get(g.name) for g in gradients]
@@ -83,23 +86,15 @@ class GradientReduction:
         """
         reduced = self.reducers.traffic()
         return Traffic(
-            max(self._steps, reduced.steps),
+            self._steps + reduced.steps,
             self._bytes + reduced.bytes_sent,
             reduced.wait_seconds,
             self._bytes_dense,
         )
 
-    def _count_rows(self, slices: Sequence[Any]) -> None:
-        """Count what this rank gives to gathers of rows."""
-        widths = [s.values.dtype.size for s in slices] + [s.indices.dtype.size for s in slices]
-        others = self.group.comm.size - 1
-
-        def count(*counts: Array) -> list[Array]:
-            self._bytes += others * sum(int(n) * w for n, w in zip(counts, widths, strict=True))
-            return []
-
-        parts = [s.values for s in slices] + [s.indices for s in slices]
-        host.call(count, [tf.size(part) for part in parts], [], [])
+    def _count_rows(self, traffic: Traffic) -> None:
+        self._bytes += traffic.bytes_sent
+        self._bytes_dense += traffic.bytes_dense
 
     def _reduce_dense(
         self, dense: Sequence[Gradient], watch: ReplicaWatch, number: Any
@@ -107,38 +102,61 @@ class GradientReduction:
         """Return combined gradients by name, and whether the guard is due."""
         options = self._options
         scaled = [g.value if options.predivide == 1 else g.value / options.predivide for g in dense]
-        pairs = [self._compressor.compress(tf.convert_to_tensor(value)) for value in scaled]
-        sent = [g._replace(value=tensor) for g, (tensor, _) in zip(dense, pairs, strict=True)]
-        own = sum(_nbytes(g.source) for g in dense if hasattr(g.source, "assign"))
+        given = [
+            g._replace(value=tf.convert_to_tensor(v)) for g, v in zip(dense, scaled, strict=True)
+        ]
         # Sources that are tensors may have other shapes in each step; buckets are for variables.
-        variables = [i for i, g in enumerate(sent) if hasattr(g.source, "assign")]
-        others = [i for i in range(len(sent)) if i not in variables]
-        reduced: list[Any] = [None] * len(sent)
-        tensors = [sent[i].value for i in variables]
-        if not self._compresses and native.serves(
-            self.group.comm, tensors, options.op, options.predivide
-        ):
-            combined, due = self._reduce_natively([sent[i] for i in variables], watch, own)
+        variables = [g for g in given if hasattr(g.source, "assign")]
+        others = [g for g in given if not hasattr(g.source, "assign")]
+        own = sum(_nbytes(g.source) for g in variables)
+
+        def on_host(sent: Sequence[Gradient]) -> list[Any]:
+            return self._reduce_on_host(sent, watch, own, number)
+
+        def natively(sent: Sequence[Gradient]) -> list[Any]:
+            tensors = [g.value for g in sent]
+            if native.serves(self.group.comm, tensors, options.op, options.predivide):
+                return self._reduce_natively(sent, watch, own)
+            return on_host(sent)
+
+        if self._policy is DENSE:
+            *combined, due = _cast(self._in_graph, natively, variables)
+        elif self._policy.rules or not self.group.comm.negotiates:
+            *combined, due = on_host(variables)
         else:
-            combined, due = self._reduce_on_host([sent[i] for i in variables], watch, own, number)
-        combined += allreduce_dense(
-            [sent[i].value for i in others],
+            ways = [partial(_cast, kind, natively, variables) for kind in CASTS.values()]
+            *combined, due = self._settled_or(partial(on_host, variables), ways)
+        pairs = [self._in_graph.compress(g.value) for g in others]
+        reduced = allreduce_dense(
+            [tensor for tensor, _ in pairs],
             options.op,
             options.predivide,
             f"{self.reducers.label}.tensors",
             options.process_set,
         )
-        for i, tensor in zip([*variables, *others], combined, strict=True):
-            reduced[i] = tensor
-        results = {
-            g.name: self._compressor.decompress(tensor, context)
-            for g, tensor, (_, context) in zip(dense, reduced, pairs, strict=True)
-        }
+        results = dict(zip([g.name for g in variables], combined, strict=True))
+        for g, tensor, (_, context) in zip(others, reduced, pairs, strict=True):
+            results[g.name] = self._in_graph.decompress(tensor, context)
         return results, due
+
+    def _settled_or(self, otherwise: Way, casts: Sequence[Way]) -> list[Any]:
+        """Go the way of the cast that ``auto`` has settled on, if it has; asked in each step."""
+
+        def number() -> int:
+            cast = self.reducers.compression.settled_cast
+            return 0 if cast is None else 1 + list(CASTS).index(cast)
+
+        ways = [otherwise, *casts]
+        if tf.executing_eagerly():
+            return ways[number()]()
+        index = host.call(lambda: [np.asarray(number(), np.int32)], [], [tf.int32], [[]])[0]
+        results: list[Any] = tf.switch_case(index, ways)
+        return results
 
     def _reduce_on_host(
         self, sent: Sequence[Gradient], watch: ReplicaWatch, own_bytes: int, number: Any
-    ) -> tuple[list[Any], Any]:
+    ) -> list[Any]:
+        """Return the combined gradients, and whether the guard is due."""
         names = [g.name for g in sent]
         groups = group_names(self._options.groups, names, [g.source for g in sent])
 
@@ -152,7 +170,8 @@ class GradientReduction:
                 for name, array in zip(names, arrays, strict=True)
             )
             self._bytes_dense += bytes_of_allreduce(own_bytes, self.group.comm.size)
-            reducer, places = self.reducers.find(parameters, groups)
+            found = self.reducers.find(parameters, groups)
+            reducer, places = found.reducer, found.places
             for array, place in zip(arrays, places, strict=True):
                 np.copyto(place.view, array.reshape(-1), casting="unsafe")
                 reducer.ready(place.bucket)
@@ -166,12 +185,12 @@ class GradientReduction:
 
         tensors = [g.value for g in sent]
         types, shapes = [t.dtype for t in tensors], [t.shape for t in tensors]
-        *reduced, due = host.call(exchange, [*counted, *tensors], [*types, tf.bool], [*shapes, []])
-        return reduced, due
+        return host.call(exchange, [*counted, *tensors], [*types, tf.bool], [*shapes, []])
 
     def _reduce_natively(
         self, sent: Sequence[Gradient], watch: ReplicaWatch, own_bytes: int
-    ) -> tuple[list[Any], Any]:
+    ) -> list[Any]:
+        """Return the combined gradients, and whether the guard is due."""
         parameters = tuple(
             Parameter(g.name, tuple(g.value.shape), np.dtype(g.value.dtype.as_numpy_dtype))
             for g in sent
@@ -191,7 +210,18 @@ class GradientReduction:
         with tf.control_dependencies([due]):
             tensors = [tf.identity(g.value) for g in sent]
         op, scale, label = self._options.op, self._options.predivide, self.reducers.label
-        return native.allreduce(self.group, tensors, op, scale, label), due
+        return [*native.allreduce(self.group, tensors, op, scale, label), due]
+
+
+def _cast(
+    kind: Any, reduce: Callable[[Sequence[Gradient]], list[Any]], gradients: Sequence[Gradient]
+) -> list[Any]:
+    """Let gradients travel in another type."""
+    pairs = [kind.compress(g.value) for g in gradients]
+    sent = [g._replace(value=tensor) for g, (tensor, _) in zip(gradients, pairs, strict=True)]
+    *combined, due = reduce(sent)
+    own = zip(combined, pairs, strict=True)
+    return [*(kind.decompress(tensor, context) for tensor, (_, context) in own), due]
 
 
 def _nbytes(variable: Any) -> int:

@@ -8,12 +8,14 @@ import tensorflow as tf
 
 from hpc_dl.comm import Op
 from hpc_dl.errors import OptionError
+from hpc_dl.reduce import Saved, Traffic
 from hpc_dl.tensorflow import host
 from hpc_dl.tensorflow.compression import Compression, of_gradients
 from hpc_dl.tensorflow.gradients import GradientReduction
 from hpc_dl.world import Group, ProcessSet, global_process_set
+from hpc_dl.world.compression import warn_of_unused
+from hpc_dl.world.gradients import Gradient, GradientOptions, gradient_options, unique
 from hpc_dl.world.local import LocalVariables, local_weights
-from hpc_dl.world.reducers import Gradient, GradientOptions, gradient_options, unique
 from hpc_dl.world.replicas import ReplicaWatch
 
 
@@ -136,6 +138,42 @@ class DistributedGradientTape(tf.GradientTape):
             results.update(zip([g.name for g in shared], reduced, strict=True))
         return {g.name: results.get(g.name) for g in gradients}
 
+    def compression_state(self) -> Saved:
+        """Return what compression keeps between steps on this rank, by variable.
+
+        Tapes with equal options share it: scripts make a new one for each step. Of a world of
+        another size, give ``load_compression_state`` what ``hpc_dl.reduce.reshard`` makes of all
+        ranks' states.
+        """
+        reduction = self._reduction()
+        return {} if reduction is None else reduction.reducers.compression_state()
+
+    def load_compression_state(self, saved: Saved) -> None:
+        """Replace that by what ``compression_state`` returned; all ranks call this alike."""
+        reduction = self._reduction()
+        if reduction is None:
+            warn_of_unused(saved)
+        else:
+            reduction.reducers.load_compression_state(saved)
+
+    def report_loss(self, loss: float) -> None:
+        """Let the guard of compression see this rank's loss; it suspends on a jump."""
+        reduction = self._reduction()
+        if reduction is not None:
+            reduction.reducers.report_loss(float(loss))
+
+    def traffic(self) -> Traffic:
+        """Return steps, bytes sent and seconds waited so far, of tapes with these options."""
+        reduction = self._reduction()
+        return Traffic(0, 0, 0.0) if reduction is None else reduction.traffic()
+
+    def _reduction(self) -> GradientReduction | None:
+        """Return what combines the gradients; None where there is nothing to combine."""
+        process_set = self._hpc_dl_options.process_set
+        if not process_set.included() or process_set.size() == 1:
+            return None
+        return _tapes_of(process_set.group()).reduction(process_set.group(), self._hpc_dl_options)
+
     def get_local_and_global_gradients(
         self,
         target: Any,
@@ -223,6 +261,11 @@ def _reduction_of(
 ) -> tuple[GradientReduction, ReplicaWatch]:
     """Find the reduction with these options, and the count of steps of these variables."""
     group = options.process_set.group()
-    tapes: _Tapes = group.kept.setdefault(_Tapes, _Tapes())
+    tapes = _tapes_of(group)
     watch = tapes.watch(group, [g.source for g in gradients], options.guard)
     return tapes.reduction(group, options), watch
+
+
+def _tapes_of(group: Group) -> _Tapes:
+    tapes: _Tapes = group.kept.setdefault(_Tapes, _Tapes())
+    return tapes

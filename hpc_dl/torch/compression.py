@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from hpc_dl.errors import OptionError
-from hpc_dl.world.reducers import gradient_compression
+from hpc_dl.world.gradients import gradient_compression
 
 
 class Compressor:

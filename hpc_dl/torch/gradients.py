@@ -6,8 +6,7 @@ hook moves each gradient into its bucket as soon as it is accumulated, and full 
 """
 
 import time
-from collections.abc import Sequence
-from operator import add
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,16 +16,17 @@ from hpc_dl.arrays import BFLOAT16, Layout, Parameter, host_view, torch_view
 from hpc_dl.comm import Op
 from hpc_dl.compress import Policy
 from hpc_dl.compress.device import has_kernels
-from hpc_dl.errors import HpcDlError
+from hpc_dl.errors import HpcDlError, OptionError
 from hpc_dl.reduce import Reducer, Saved, Traffic, make_reducer
-from hpc_dl.reduce.choose import Chooser
 from hpc_dl.reduce.compression import Clock
-from hpc_dl.reduce.reducer import load_state, report_loss, state_of
 from hpc_dl.reduce.traffic import total
 from hpc_dl.torch.sparse import allreduce_sparse
 from hpc_dl.world import Call, Group
+from hpc_dl.world.choice import CHOICE
+from hpc_dl.world.compression import Compression
+from hpc_dl.world.gradients import Names
 from hpc_dl.world.parameters import Described, check_parameters
-from hpc_dl.world.reducers import BUCKET_BYTES, BUCKET_BYTES_NEGOTIATED, Names
+from hpc_dl.world.reducers import BUCKET_BYTES, BUCKET_BYTES_NEGOTIATED
 
 
 class Options(NamedTuple):
@@ -72,13 +72,9 @@ class GradientReduction:
         self._group, self._options = group, options
         self._named = list(named)
         self._names = {p: name for name, p in self._named}
-        described = [
-            Described(name, tuple(p.shape), options.policy.describe_type(p.dtype))
-            for name, p in self._named
-        ]
-        self._digest = check_parameters(group, described)
+        digest = check_parameters(group, self._described(options.policy))
         label = group.name("gradients", None)
-        self._call = Call("reduce", f"{label}.{self._digest}", op=options.op.value)
+        self._call = Call("reduce", f"{label}.{digest}", op=options.op.value)
         self.passes = passes
         self._count = dict.fromkeys(self._names, 0)
         self._order: list[str] = []
@@ -89,15 +85,17 @@ class GradientReduction:
         self._sparse: list[torch.nn.Parameter] = []
         self._reducers: list[Reducer] = []
         self._reducer_by_device: dict[torch.device, Reducer] = {}
-        self._sparse_bytes = 0
+        self._rows = Traffic(0, 0, 0.0)
         self._generation = 0
-        self._past = Traffic(0, 0, 0.0)
-        self._saved: Saved = {}
-        self._policy = options.policy
-        auto = options.policy.auto
-        count = group.counter("compression.auto")
-        self._chooser = None if auto is None else Chooser(auto, count)
+        self._stepped, self._loaded = False, False
+        self._compression = Compression(group, options.policy)
         self._hooks = [p.register_post_accumulate_grad_hook(self._on_grad) for p in self._names]
+
+    def _described(self, policy: Policy) -> list[Described]:
+        return [
+            Described(name, tuple(p.shape), policy.describe_type(p.dtype))
+            for name, p in self._named
+        ]
 
     # --- during backward ------------------------------------------------------------
 
@@ -112,8 +110,7 @@ class GradientReduction:
             )
         if self._count[p] < self.passes:
             return
-        if self._chooser is not None:
-            self._chooser.gradient()
+        self._compression.gradient()
         if not self._planned:
             self._order.append(self._names[p])
         elif p in self._places:
@@ -167,27 +164,44 @@ class GradientReduction:
                 self._move(p)
         for reducer in self._reducers:
             reducer.finish()
+        waited = time.perf_counter() - begin
+        decided = self._compression.decide(
+            begin, waited, self._dense(), self._capacity(), self._device()
+        )
+        if decided:
+            self._settle_up()
         for p, place in self._places.items():
             if p not in self._in_place:
                 self._take_out(p, place.view)
         for p in self._sparse:
             self._finish_sparse(p)
         self.rearm()
-        if self._chooser is not None:
-            self._chooser.step(begin, time.perf_counter() - begin)
-            if self._chooser.due() and self._group.all_present():
-                self._choose(self._chooser)
-
-    def _choose(self, chooser: Chooser) -> None:
-        """Compress from now on as the first steps have shown to be best."""
-        named = [(name, p) for name, p in self._named if p in self._places]
-        dense = [Parameter(n, tuple(p.shape), _numpy_dtype(p.dtype)) for n, p in named]
-        chosen = chooser.choose(self._group.comm, dense, BUCKET_BYTES)
-        self._policy = self._policy._replace(rules=chosen.rules, auto=None)
-        self._chooser = None
-        if self._policy.rules:
-            self._past = total(reducer.traffic() for reducer in self._reducers)
+        self._stepped, self._loaded = True, False
+        if decided:
             self._lay_out([self._names[p] for p in self._places])
+
+    def _dense(self) -> Iterator[Parameter]:
+        for name, p in self._named:
+            if p in self._places:
+                yield Parameter(name, tuple(p.shape), _numpy_dtype(p.dtype))
+
+    def _device(self) -> torch.device | None:
+        """Return the GPU on which gradients lie, if it is one."""
+        devices = {p.device for p in self._places}
+        device = devices.pop() if len(devices) == 1 else None
+        return device if device is not None and device.type == "cuda" else None
+
+    def _capacity(self) -> int:
+        return BUCKET_BYTES_NEGOTIATED if self._group.comm.negotiates else BUCKET_BYTES
+
+    def _settle_up(self) -> None:
+        """Add what is owed of parameters that are not compressed any more."""
+        by_name = {self._names[p]: place.view for p, place in self._places.items()}
+        options = self._options
+        owed = self._compression.settle_up(by_name, options.op, options.predivide)
+        for name, values in owed.items():
+            view = by_name[name]
+            view.view(-1).add_(torch_view(values).to(view.device))
 
     def _take_out(self, p: torch.nn.Parameter, view: torch.Tensor) -> None:
         if p.grad is None:
@@ -199,8 +213,9 @@ class GradientReduction:
 
     def _finish_sparse(self, p: torch.nn.Parameter) -> None:
         name = self._names[p]
-        p.grad, sent = allreduce_sparse(p, p.grad, self._options.op, name, self._group)
-        self._sparse_bytes += sent
+        op, policy = self._options.op, self._compression.policy
+        p.grad, sent = allreduce_sparse(p, p.grad, op, policy, name, self._group)
+        self._rows = total([self._rows, sent])
 
     def rearm(self) -> None:
         """Begin a new step."""
@@ -218,6 +233,8 @@ class GradientReduction:
         order = [seen.get(name, len(names)) for name in names]
         self._planned = True
         self._group.agree(Call("plan", self._call.name))
+        if self._options.policy.auto is not None:  # Of the state that was loaded, if any.
+            check_parameters(self._group, self._described(self._compression.policy))
         table = self._group.comm.exchange(np.array([*sparse, *order], np.int64))
         is_sparse = np.atleast_1d(table[:, : len(names)].any(axis=0))
         rank_order = np.argsort(table[0, len(names) :], kind="stable")
@@ -233,14 +250,12 @@ class GradientReduction:
         for number, home in enumerate(dict.fromkeys(homes.values())):
             members = [(name, by_name[name]) for name in dense if homes[name] == home]
             self._add_reducer(number, home, members)
-        load_state(self._reducers, self._saved)
 
     def _add_reducer(
         self, number: int, device: torch.device, named: list[tuple[str, torch.nn.Parameter]]
     ) -> None:
         options = self._options
         parameters = [Parameter(n, tuple(p.shape), _numpy_dtype(p.dtype)) for n, p in named]
-        fuses = self._group.comm.negotiates
         on_host = device.type == "cpu"
         label = f"{self._call.name}.{self._generation}.{number}"
         call = self._call._replace(name=label)
@@ -248,8 +263,8 @@ class GradientReduction:
             self._group.comm,
             parameters,
             options.op,
-            BUCKET_BYTES_NEGOTIATED if fuses else BUCKET_BYTES,
-            policy=self._policy,
+            self._capacity(),
+            policy=self._compression.policy,
             groups=options.groups,
             scale=options.predivide,
             make_buffers=None if on_host else lambda layout: _buffers(layout, device),
@@ -260,6 +275,8 @@ class GradientReduction:
         )
         self._group.register(call.name, reducer)
         self._reducers.append(reducer)
+        self._compression.add(reducer)
+        self._compression.hold(reducer)
         views, place = reducer.views(), reducer.layout.place()
         for name, p in named:
             flat = torch_view(views[name]) if on_host else views[name]
@@ -269,7 +286,7 @@ class GradientReduction:
 
     def _home(self, name: str, p: torch.nn.Parameter) -> torch.device:
         """Return where a gradient's bucket lies: where its compressor works."""
-        scheme = self._policy.travel(name, tuple(p.shape), _numpy_dtype(p.dtype)).scheme
+        scheme = self._compression.policy.travel(name, tuple(p.shape), _numpy_dtype(p.dtype)).scheme
         if scheme is None or (p.is_cuda and has_kernels(scheme.compressor)):
             return p.device
         return torch.device("cpu")
@@ -281,24 +298,57 @@ class GradientReduction:
 
     def traffic(self) -> Traffic:
         """Return steps, bytes sent and seconds waited so far."""
-        reduced = total(reducer.traffic() for reducer in self._reducers)
-        reduced = Traffic(*map(add, reduced, self._past))
-        return reduced._replace(bytes_sent=reduced.bytes_sent + self._sparse_bytes)
+        return total([self._compression.traffic(), self._rows])
 
     def compression_state(self) -> Saved:
         """Return what compression keeps between steps, by parameter."""
-        if not self._planned or self._chooser is not None:
-            return self._saved
-        return state_of(self._reducers)
+        return self._compression.state()
 
     def load_compression_state(self, saved: Saved) -> None:
-        """Take up what ``compression_state`` returned, now or as soon as there are buckets."""
-        self._saved = saved
-        load_state(self._reducers, saved)
+        """Replace that by what ``compression_state`` returned.
+
+        Raises:
+            OptionError: it is of other parameters.
+        """
+        known = {name for name, _ in self._named}
+        other = next((name for name in saved if name not in known and name != CHOICE), None)
+        if other is not None:
+            raise OptionError(
+                f"the state of compression is of a parameter {other!r}, which is none of the "
+                f"{len(known)} here that need gradients (first: {self._named[0][0]!r}); load that "
+                "of the same model, or leave out what does not learn any more"
+            )
+        self._compression.load(saved)
+        self._stepped, self._loaded = False, bool(saved)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether nothing has been loaded and no step taken since."""
+        return not self._stepped and not self._loaded
+
+    def begin_from(self, saved: Saved) -> None:
+        """Begin with a state that follows from the optimizer's own."""
+        self._compression.load(saved)
+
+    def forget_steps(self) -> bool:
+        """Owe nothing of the steps that were taken; tell whether anything was owed.
+
+        What was loaded since the last step stays.
+        """
+        if not self._stepped:
+            return False
+        owed = any(
+            value.any()
+            for state in self.compression_state().values()
+            for key, value in state.items()
+            if key in ("residual", "server", "momentum", "shared")
+        )
+        self.load_compression_state({})
+        return owed
 
     def report_loss(self, loss: float) -> None:
         """Let the guard of compression see this rank's loss."""
-        report_loss(self._reducers, loss)
+        self._compression.report_loss(loss)
 
     def close(self) -> None:
         """Unhook the gradients."""

@@ -6,7 +6,8 @@ gradient from then on: the momentum can be compressed as hard as that of SGD.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ State = dict[str, Any]
 Group = dict[str, Any]
 
 
-class SharedMomentum(torch.optim.Optimizer):
+class SharedMomentum(torch.optim.Optimizer, ABC):
     """What both have in common; without ``DistributedOptimizer`` it takes the momentum itself."""
 
     #: Whether gradients are momentum after ``freeze_step``; ``DistributedOptimizer`` sees to it.
@@ -32,18 +33,32 @@ class SharedMomentum(torch.optim.Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        defaults: dict[str, Any],
+        lr: float = 1e-3,
+        *,
         freeze_step: int,
-        compression: Any,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        floor: float = 0.1,
+        compression: Any = "onebit",
+        others: Mapping[str, Any] | None = None,
     ):
         """Check the options.
 
         Args:
-            defaults: ``lr``, ``betas``, ``eps``, ``weight_decay``, ``floor``, and others.
+            others: options of groups of parameters that only one of the two has.
         """
-        _check(defaults)
         self.freeze_step, self._compression = freeze_step, compression
-        super().__init__(params, {**defaults, "steps": 0})
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "floor": floor,
+            "steps": 0,
+            **(others or {}),
+        }
+        super().__init__(params, defaults)
         self.policy()
 
     def policy(self) -> Policy:
@@ -52,13 +67,8 @@ class SharedMomentum(torch.optim.Optimizer):
         Raises:
             OptionError: groups of parameters with several betas, or a bad compression.
         """
-        betas = {group["betas"][0] for group in self.param_groups}
-        if len(betas) > 1:
-            raise OptionError(
-                f"groups of parameters have the first betas {sorted(betas)}; give one for all, as "
-                "their momentum travels together"
-            )
-        return shared_momentum(self._compression, betas.pop(), self.freeze_step)
+        beta = _check_beta(self.param_groups)
+        return shared_momentum(self._compression, beta, self.freeze_step)
 
     @property
     def steps(self) -> int:
@@ -74,13 +84,17 @@ class SharedMomentum(torch.optim.Optimizer):
         """Add parameters, before the first step.
 
         Raises:
-            OptionError: later; their variance would never be known.
+            OptionError: later, when their variance would never be known; or bad options, such
+                as another first beta.
         """
         if self.param_groups and self.steps:
             raise OptionError(
                 f"{type(self).__name__} has taken {self.steps} steps; add parameters before the "
                 "first one, as the variance of all is frozen together"
             )
+        options = {**self.defaults, **param_group}
+        _check(options)
+        _check_beta([*self.param_groups, options])
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -140,11 +154,11 @@ class SharedMomentum(torch.optim.Optimizer):
     #: Whether ``_apply`` needs the momentum of the step before, after the warm-up.
     _looks_back = False
 
+    @abstractmethod
     def _apply(
         self, p: torch.Tensor, state: State, group: Group, before: torch.Tensor | None
     ) -> None:
         """Change a parameter, whose momentum and variance are those of this step."""
-        raise NotImplementedError
 
     def _direction(self, state: State, group: Group) -> torch.Tensor:
         """Return momentum by deviation, both without the bias of their beginning.
@@ -206,28 +220,6 @@ class OneBitAdam(SharedMomentum):
     >>> hvd.shutdown()
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float = 1e-3,
-        *,
-        freeze_step: int,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        floor: float = 0.1,
-        compression: Any = "onebit",
-    ):
-        """Check the options."""
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "floor": floor,
-        }
-        super().__init__(params, defaults, freeze_step, compression)
-
     def _apply(
         self, p: torch.Tensor, state: State, group: Group, before: torch.Tensor | None
     ) -> None:
@@ -263,29 +255,25 @@ class OneBitLamb(SharedMomentum):
         lr: float = 1e-3,
         *,
         freeze_step: int,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        floor: float = 0.1,
         ratio_range: tuple[float, float] = (0.01, 10.0),
         ratio_beta: float = 0.9,
         factor_range: tuple[float, float] = (0.5, 4.0),
         factor_change: float = 0.1,
-        compression: Any = "onebit",
+        **options: Any,
     ):
         """Check the options."""
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "floor": floor,
-            "ratio_range": ratio_range,
-            "ratio_beta": ratio_beta,
-            "factor_range": factor_range,
-            "factor_change": factor_change,
-        }
-        super().__init__(params, defaults, freeze_step, compression)
+        super().__init__(
+            params,
+            lr,
+            freeze_step=freeze_step,
+            others={
+                "ratio_range": ratio_range,
+                "ratio_beta": ratio_beta,
+                "factor_range": factor_range,
+                "factor_change": factor_change,
+            },
+            **options,
+        )
 
     def _apply(
         self, p: torch.Tensor, state: State, group: Group, before: torch.Tensor | None
@@ -327,6 +315,17 @@ def _trust(p: torch.Tensor, direction: torch.Tensor, bounds: tuple[float, float]
     """Return LAMB's trust ratio, 1 where there is none."""
     own, change = float(p.norm()), float(direction.norm())
     return min(max(own / change, bounds[0]), bounds[1]) if own > 0 and change > 0 else 1.0
+
+
+def _check_beta(groups: Sequence[Group]) -> float:
+    """Return the first beta, which all groups must share."""
+    betas = {float(group["betas"][0]) for group in groups}
+    if len(betas) > 1:
+        raise OptionError(
+            f"groups of parameters have the first betas {sorted(betas)}; give one for all, as "
+            "their momentum travels together"
+        )
+    return betas.pop()
 
 
 def _check(options: dict[str, Any]) -> None:

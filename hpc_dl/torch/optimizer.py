@@ -17,15 +17,17 @@ from hpc_dl.torch.adasum import AdasumReduction
 from hpc_dl.torch.allreduce import allreduce
 from hpc_dl.torch.compression import Compression, of_gradients, resolve
 from hpc_dl.torch.gradients import GradientReduction, Options
+from hpc_dl.torch.names import Named, check_names
 from hpc_dl.torch.onebit import SharedMomentum
 from hpc_dl.torch.unfused import UnfusedReduction
 from hpc_dl.world import ProcessSet, current, global_process_set
+from hpc_dl.world.choice import CHOICE
+from hpc_dl.world.compression import warn_of_unused
+from hpc_dl.world.gradients import gradient_options, group_names
 from hpc_dl.world.pairing import check_shared, fitting
-from hpc_dl.world.reducers import gradient_options, group_names
 
 log = logging.getLogger("hpc_dl")
 
-Named = list[tuple[str, torch.nn.Parameter]]
 Reduction = GradientReduction | UnfusedReduction | AdasumReduction
 
 
@@ -36,6 +38,7 @@ class _Distributed(torch.optim.Optimizer):
     _guard: ReplicaGuard
     _named: Named
     _remake: Callable[[Named], Reduction | None]
+    _check_fit: Callable[[float], None]
     _passes: int
     _average_loss: Callable[[torch.Tensor], torch.Tensor]
     _wait_in_step: bool
@@ -115,11 +118,21 @@ class _Distributed(torch.optim.Optimizer):
         super().zero_grad(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load the optimizer's own state; a step under way is forgotten."""
+        """Load the optimizer's own state; a step under way is forgotten.
+
+        So is what compression owes of the steps before, unless ``load_compression_state`` came
+        since the last of them.
+        """
         if self._reduction is not None:
             self._reduction.rearm()
         self._synchronized = False
         super().load_state_dict(*args, **kwargs)
+        if isinstance(self._reduction, GradientReduction) and self._reduction.forget_steps():
+            log.warning(
+                "load_state_dict(): what compression owed of the steps before is dropped, as it "
+                "is not of the state that was loaded; give load_compression_state() what was "
+                "saved beside that"
+            )
         self._give_momentum()
 
     def _give_momentum(self) -> None:
@@ -127,9 +140,9 @@ class _Distributed(torch.optim.Optimizer):
         reduction = self._reduction
         if not isinstance(self, SharedMomentum) or not isinstance(reduction, GradientReduction):
             return
-        if not reduction.compression_state():
+        if reduction.is_new:
             momenta = [(name, self.momentum(p)) for name, p in self._named]
-            reduction.load_compression_state(
+            reduction.begin_from(
                 {
                     name: {"shared": host_view(m.cpu().float().contiguous()).reshape(-1)}
                     for name, m in momenta
@@ -138,7 +151,13 @@ class _Distributed(torch.optim.Optimizer):
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters; all ranks add the same ones. Their names are made up."""
+        """Add parameters; all ranks add the same ones. Their names are made up.
+
+        Raises:
+            OptionError: options with which the compression is known not to converge.
+        """
+        if "_check_fit" in self.__dict__:
+            self._check_fit(float({**self.defaults, **param_group}.get("momentum") or 0))
         super().add_param_group(param_group)
         if "_named" in self.__dict__:
             number = len(self.param_groups) - 1
@@ -150,7 +169,8 @@ class _Distributed(torch.optim.Optimizer):
             if self._reduction is not None:
                 self._reduction.close()
             self._reduction = self._remake(self._named)
-            self.load_compression_state(saved)
+            learning = {name for name, p in self._named if p.requires_grad} | {CHOICE}
+            self.load_compression_state({n: s for n, s in saved.items() if n in learning})
             if self._reduction is not None:
                 self._reduction.passes = self._passes
 
@@ -171,9 +191,15 @@ class _Distributed(torch.optim.Optimizer):
         return reduction.compression_state() if isinstance(reduction, GradientReduction) else {}
 
     def load_compression_state(self, saved: Saved) -> None:
-        """Take up what ``compression_state`` returned."""
+        """Replace that by what ``compression_state`` returned; ``{}``: nothing is owed.
+
+        Raises:
+            OptionError: it is of other parameters, or of other sizes.
+        """
         if isinstance(self._reduction, GradientReduction):
             self._reduction.load_compression_state(saved)
+        else:
+            warn_of_unused(saved)
 
     def report_loss(self, loss: float) -> None:
         """Let the guard of compression see this rank's loss; it suspends on a jump."""
@@ -237,7 +263,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     if num_groups:
         warnings.warn("num_groups is now called groups", DeprecationWarning, stacklevel=2)
         groups = num_groups if groups is None else groups
-    named = _check_names(optimizer, named_parameters)
+    named = check_names(optimizer, named_parameters)
     compressor = of_gradients(compression)
     wanted = gradient_options(
         op,
@@ -255,6 +281,15 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
         compressor = shares.policy()
     if op is not Op.ADASUM:
         compressor = fitting(_described(optimizer), compressor)
+
+    def check_fit(momentum: float) -> None:
+        described = _described(optimizer)
+        described = described._replace(momentum=max(described.momentum, momentum))
+        if op is not Op.ADASUM and fitting(described, compressor) != compressor:
+            raise OptionError(
+                f"parameters with momentum={momentum:g} leave compression='auto' fewer candidates "
+                "than it has begun with; add them before the optimizer is wrapped"
+            )
 
     def reduction(everything: Named) -> Reduction | None:
         named = [(name, p) for name, p in everything if p.requires_grad]
@@ -280,7 +315,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     wrapped: Any = object.__new__(type(kind.__name__, (_Distributed, kind), {}))
     # A scheduler made before has replaced `step` on the instance; ours must not be hidden.
     wrapped.__dict__.update({k: v for k, v in vars(optimizer).items() if k != "step"})
-    wrapped._named, wrapped._remake = named, reduction
+    wrapped._named, wrapped._remake, wrapped._check_fit = named, reduction, check_fit
     wrapped._passes = backward_passes_per_step
     wrapped._average_loss = lambda loss: allreduce(loss, op=Op.AVERAGE, process_set=process_set)
     wrapped._wait_in_step, wrapped._synchronized = True, False
@@ -315,37 +350,3 @@ def _described(optimizer: torch.optim.Optimizer) -> pairs.Optimizer:
 def _check_passes(passes: int) -> None:
     if passes < 1:
         raise OptionError(f"backward_passes_per_step={passes}; give 1 or more")
-
-
-def _check_names(
-    optimizer: torch.optim.Optimizer, named: Iterable[tuple[str, torch.nn.Parameter]] | None
-) -> Named:
-    """Return the optimizer's parameters with their names."""
-    own = [
-        (f"allreduce.noname.{i}.{j}", p)
-        for i, group in enumerate(optimizer.param_groups)
-        for j, p in enumerate(group["params"])
-    ]
-    if named is not None:
-        entries = list(named)
-        if any(not isinstance(entry, tuple) for entry in entries):
-            raise OptionError(
-                "named_parameters must be tuples (name, parameter), as model.named_parameters() "
-                f"makes them; got {type(entries[0]).__name__}"
-            )
-        names = [name for name, _ in entries]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise OptionError(
-                f"named_parameters has duplicate names: {', '.join(twice)}. Names must be unique; "
-                "with several models prefix them, for example f'encoder.{name}'"
-            )
-        name_of = {p: name for name, p in entries}
-        unnamed = [label for label, p in own if p not in name_of]
-        if unnamed:
-            raise OptionError(
-                f"named_parameters leaves out {len(unnamed)} of the optimizer's {len(own)} "
-                f"parameters (first: {unnamed[0]}); name all, or none"
-            )
-        own = [(name_of[p], p) for _, p in own]
-    return own

@@ -13,6 +13,10 @@ from hpc_dl.data import Batch
 from hpc_dl.observe import Run, weights_digest
 from hpc_dl.training.plan import Outcome, Plan
 
+#: Steps between two losses that the guard of compression is told: to read one from a GPU is to
+#: wait for it.
+REPORT_EVERY = 10
+
 
 class Learner(NamedTuple):
     """A network and how it learns."""
@@ -82,6 +86,8 @@ def _train(learner: Learner, plan: Plan, epoch: int, run: Run) -> dict[str, floa
         logits = learner.model(images)
         loss = learner.loss(logits, labels)
         loss.backward()
+        if step % REPORT_EVERY == 0:
+            learner.optimizer.report_loss(loss.item())
         learner.optimizer.step()
         learner.schedule.step()
         _add(sums, loss, logits, labels)

@@ -10,7 +10,7 @@ A communicator that compares calls itself (Horovod) is called directly.
 import json
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import ml_dtypes  # noqa: F401  (registers bfloat16 by name)
 import numpy as np
@@ -19,7 +19,6 @@ import xxhash
 from hpc_dl.comm import Communicator, Op, Work
 from hpc_dl.comm.protocol import Array
 from hpc_dl.errors import MismatchError, RanksJoinedError
-from hpc_dl.reduce import Reducer
 
 _CALLS, _JOINED = 1, 2
 
@@ -52,6 +51,13 @@ class Call(NamedTuple):
         return ", ".join(parts)
 
 
+class Served(Protocol):
+    """What a rank that has joined takes part in; a ``Reducer`` is one."""
+
+    def serve(self) -> None:
+        """Take part in the reduction of the next bucket with zeros."""
+
+
 class Group:
     """A communicator, the calls made on it, and the ranks that have joined."""
 
@@ -59,7 +65,7 @@ class Group:
         self.comm = comm
         self._counts: dict[str, int] = {}
         # Their optimizers own them; one that is gone must not keep its buckets.
-        self._reducers: weakref.WeakValueDictionary[str, Reducer] = weakref.WeakValueDictionary()
+        self._reducers: weakref.WeakValueDictionary[str, Served] = weakref.WeakValueDictionary()
         self.kept: dict[Any, Any] = {}
         """What adapters keep as long as this group."""
         self._joined_before: set[int] = set()
@@ -145,7 +151,7 @@ class Group:
             for what, count in json.loads(array.tobytes()).items():
                 self._counts[what] = max(count, self._counts.get(what, 0))
 
-    def register(self, name: str, reducer: Reducer) -> None:
+    def register(self, name: str, reducer: Served) -> None:
         """Let a rank that has joined serve the steps of ``reducer``."""
         self._reducers[name] = reducer
 
@@ -223,7 +229,7 @@ class Group:
         elif call.what == "barrier":
             self.comm.barrier()
 
-    def _reducer(self, name: str) -> Reducer:
+    def _reducer(self, name: str) -> Served:
         reducer = self._reducers.get(name)
         if reducer is None:
             raise MismatchError(

@@ -4,12 +4,14 @@ import keras
 import numpy as np
 import pytest
 from keras_training import BACKEND, apply, equal_on_all_ranks, gradients, tensor
+from stub_chooser import let_auto_choose
 
 import hpc_dl.keras as hvd
 from hpc_dl.compress import Auto, Limits, Unit, make, only, policy_of, unchecked
 from hpc_dl.errors import MismatchError, OptionError
-from hpc_dl.reduce import choose, cost, reshard
+from hpc_dl.reduce import reshard
 from hpc_dl.reduce.exchange import make_exchange
+from hpc_dl.testing.same import assert_same_bytes
 
 # Keras' own variables on torch, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -225,10 +227,9 @@ def test_an_unknown_name_lists_the_known_ones():
         wrapped("tpok")
 
 
-@pytest.mark.parametrize(("bandwidth", "expected"), [(1e6, "onebit"), (1e18, None)])
-def test_auto_takes_what_it_predicts_to_be_fastest(bandwidth, expected, monkeypatch):
-    network = cost.network_of_link(max(hvd.size(), 2), bandwidth, latency=0)
-    monkeypatch.setattr(choose, "measure_network", lambda comm: network)
+@pytest.mark.parametrize("chosen", ["onebit", "none"])
+def test_auto_goes_on_with_what_it_chose(chosen, monkeypatch):
+    let_auto_choose(monkeypatch, lambda: [policy_of(chosen)], every=4)
     optimizer = wrapped(Auto(candidates=("none", "fp16", "onebit"), steps=3))
     net = model()
     assert equal_on_all_ranks(take(net, optimizer, range(4)))
@@ -242,7 +243,16 @@ def test_auto_takes_what_it_predicts_to_be_fastest(bandwidth, expected, monkeypa
     assert after.steps == 8
     sent, dense = after.bytes_sent - before.bytes_sent, after.bytes_dense - before.bytes_dense
     assert dense == before.bytes_dense
-    assert (dense > 20 * sent) if expected else (sent == pytest.approx(dense, rel=1e-3))
+    if chosen == "none":
+        assert sent == pytest.approx(dense, rel=1e-3)
+        return
+    assert dense > 20 * sent
+    resumed = wrapped(Auto(candidates=("none", "fp16", "onebit"), steps=3))
+    later = model()
+    later.set_weights(net.get_weights())
+    resumed.load_compression_state(optimizer.compression_state())
+    assert_same(take(later, resumed, range(8, 11)), take(net, optimizer, range(8, 11)))
+    assert 20 * resumed.traffic().bytes_sent < resumed.traffic().bytes_dense
 
 
 def test_compression_is_suspended_when_the_loss_jumps(caplog):
@@ -265,6 +275,14 @@ def test_compression_is_suspended_when_the_loss_jumps(caplog):
 
 
 # --- tapes --------------------------------------------------------------------------
+
+
+def _tape(compression):
+    import tensorflow as tf
+
+    import hpc_dl.tensorflow as on_tensorflow
+
+    return on_tensorflow.DistributedGradientTape(tf.GradientTape(), compression=compression)
 
 
 def _taped(net, step, compression):
@@ -314,3 +332,109 @@ def test_tapes_take_auto():
         for v, g in zip(net.trainable_variables, found, strict=True):
             v.assign_sub(0.5 * g)
     assert equal_on_all_ranks(net.get_weights())
+
+
+@needs_tensorflow
+def test_tapes_of_a_run_that_is_resumed_go_on_with_what_was_owed():
+    """Also where the sets of variables change."""
+    net = model()
+    first, second = (policy_of("onebit")._replace(seed=seed) for seed in (11, 12))
+    for step in range(3):
+        _taped(net, step, first)
+    state = _tape(first).compression_state()
+    tape = _tape(second)
+    tape.load_compression_state(state)
+    expected = _taped(net, 3, first)
+    assert_same([g.numpy() for g in _taped(net, 3, second)], [g.numpy() for g in expected])
+    if hvd.size() == 1:
+        assert state == {}
+        return
+    assert set(state) == {"net/hidden/kernel", "net/out/kernel"}
+    after, other = (_tape(policy).compression_state() for policy in (first, second))
+    for name, saved in after.items():
+        assert_same_bytes(saved["residual"], other[name]["residual"])
+    assert _tape(first).traffic().steps == 4
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("spec", ["none", "fp16"])
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_after_auto_has_chosen_a_cast_horovods_operations_reduce(spec, in_graph, monkeypatch):
+    import tensorflow as tf
+
+    from hpc_dl.tensorflow import native
+
+    calls = []
+    allreduce = native.allreduce
+    monkeypatch.setattr(native, "allreduce", lambda *given: calls.append(1) or allreduce(*given))
+    let_auto_choose(monkeypatch, lambda: [policy_of(spec)], every=2)
+    net, control = model(), model()
+    auto = policy_of(Auto(candidates=("none", "fp16", "onebit")))._replace(seed=21 + in_graph)
+    auto = auto._replace(seed=auto.seed + 10 * (spec == "fp16"))
+    optimizer, plain = wrapped(auto, 0.5), wrapped(spec, 0.5)
+    x = [tensor(np.stack([batch(s, hvd.rank())[i] for s in range(5)])) for i in range(2)]
+    sent = []
+
+    def step_of(number):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(net(x[0][number]) - x[1][number]))
+        optimizer.apply(tape.gradient(loss, net.trainable_variables), net.trainable_variables)
+
+    optimizer.build(net.trainable_variables)
+    run = tf.function(step_of) if in_graph else step_of
+    for number in range(5):
+        run(tf.constant(number))
+        sent.append(optimizer.traffic().bytes_sent)
+    got, expected = net.get_weights(), take(control, plain, range(5))
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+    assert equal_on_all_ranks(got)
+    if hvd.size() == 1:
+        return
+    assert optimizer.traffic().steps == 5
+    steps = np.diff(sent)
+    assert steps[0] == pytest.approx((2 if spec == "fp16" else 1) * steps[-1], rel=1e-2)
+    if hvd.global_process_set.group().comm.name == "horovod":
+        assert calls
+
+
+def test_the_callback_of_metrics_tells_the_guard_the_loss_of_each_batch():
+    net, told = model(), []
+    optimizer = wrapped("onebit", 0.0)
+    optimizer.report_loss = told.append
+    net.compile(optimizer, "mse")
+    batches = [batch(step, hvd.rank()) for step in range(3)]
+    x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    callbacks = [hvd.callbacks.MetricAverageCallback()]
+    net.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+    losses = [float(np.square(keras.ops.convert_to_numpy(net(a)) - b).mean()) for a, b in batches]
+    np.testing.assert_allclose(told, losses * 2, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")
+@pytest.mark.parametrize("spec", ["onebit", "powersgd:rank=2"])
+def test_what_a_variable_owes_is_sent_once_while_others_come_and_go(spec):
+    """What was applied and what is owed add up to the gradients."""
+    net = model()
+    optimizer = wrapped(spec, 1.0)
+    variables, before = net.trainable_variables, net.get_weights()
+    steps = [(0, 1, 2, 3), (0, 1), (0, 1, 2, 3), (2,), (0, 2), (0, 1, 2, 3)]
+
+    def given(step, rank, number):
+        shape = before[number].shape
+        drawn = np.random.default_rng([step, rank, number]).normal(size=shape)
+        return drawn.astype(np.float32)
+
+    for step, there in enumerate(steps):
+        mine = [tensor(given(step, hvd.rank(), i)) if i in there else None for i in range(4)]
+        apply(optimizer, mine, variables)
+    ranks, states = range(hvd.size()), hvd.allgather_object(optimizer.compression_state())
+    for i, (old, new) in enumerate(zip(before, net.get_weights(), strict=True)):
+        taken = [step for step, there in enumerate(steps) if i in there]
+        mean = sum(given(step, rank, i) for step in taken for rank in ranks) / hvd.size()
+        found = [state.get(variables[i].path, {}) for state in states]
+        owed = sum(
+            state.get("residual", 0) / hvd.size() + state.get("server", 0) for state in found
+        )
+        total = (old - new).reshape(-1) + owed
+        np.testing.assert_allclose(total, mean.reshape(-1), rtol=1e-3, atol=1e-3)

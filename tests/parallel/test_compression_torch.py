@@ -3,12 +3,18 @@
 import numpy as np
 import pytest
 import torch
+from stub_chooser import let_auto_choose
 
 import hpc_dl.torch as hvd
 import hpc_dl.torch.gradients as gradients
 from hpc_dl.compress import Auto, Limits, error_feedback, make, only, policy_of, unchecked
+from hpc_dl.data import digits
 from hpc_dl.errors import MismatchError, OptionError
+from hpc_dl.observe import Run
 from hpc_dl.reduce import reshard
+from hpc_dl.testing.same import assert_same_bytes
+from hpc_dl.training import Plan
+from hpc_dl.training.classify_torch import Learner, fit
 from hpc_dl.world import current
 
 SPECS = (
@@ -237,27 +243,113 @@ def test_auto_chooses_alike_and_trains():
     net = network()
     auto = Auto(candidates=("none", "fp16", "onebit"), steps=4)
     optimizer = wrapped(net, auto)
-    take(net, optimizer, range(12))
+    take(net, optimizer, range(30))
     if hvd.size() > 1:
-        chosen = optimizer._reduction._policy.describe()
+        chosen = optimizer._reduction._compression.policy.describe()
         assert len(set(hvd.allgather_object(chosen))) == 1
-        assert optimizer._reduction._chooser is None
+        assert not optimizer._reduction._compression.deciding
     mine = torch.from_numpy(weights(net))
     for other in hvd.allgather(mine[None]):
         assert torch.equal(mine, other)
 
 
-def test_auto_takes_what_it_predicts_to_be_fastest(monkeypatch):
-    """On a slow network, and with more to send than it can hide, it compresses."""
-    from hpc_dl.reduce import choose, cost
-
-    slow = cost.network_of_link(max(hvd.size(), 2), bandwidth=1e6, latency=1e-4)
-    monkeypatch.setattr(choose, "measure_network", lambda comm: slow)
-    net = network()
-    optimizer = wrapped(net, Auto(candidates=("none", "fp16", "onebit"), steps=3))
-    take(net, optimizer, range(8))
+def test_a_run_that_is_resumed_goes_on_with_what_auto_chose(monkeypatch):
+    let_auto_choose(monkeypatch, lambda: [policy_of("onebit")], every=3)
+    auto = Auto(candidates=("none", "fp16", "onebit"), steps=3)
+    net, later = network(), network()
+    optimizer = wrapped(net, auto)
+    take(net, optimizer, range(6))
+    later.load_state_dict(net.state_dict())
+    resumed = wrapped(later, auto)
+    resumed.load_compression_state(optimizer.compression_state())
+    take(later, resumed, range(6, 9))
+    take(net, optimizer, range(6, 9))
+    np.testing.assert_array_equal(weights(later), weights(net))
     if hvd.size() > 1:
-        assert "onebit" in optimizer._reduction._policy.describe()
+        done = resumed.traffic()
+        assert 8 * done.bytes_sent < done.bytes_dense
+
+
+def test_a_state_with_a_choice_that_only_one_rank_has_is_an_error_everywhere(monkeypatch):
+    if hvd.size() == 1:
+        return
+    let_auto_choose(monkeypatch, lambda: [policy_of("onebit")], every=2)
+    auto = Auto(candidates=("none", "onebit"), steps=2)
+    net, later = network(), network()
+    optimizer = wrapped(net, auto)
+    take(net, optimizer, range(3))
+    resumed = wrapped(later, auto)
+    if hvd.rank() == 0:
+        resumed.load_compression_state(optimizer.compression_state())
+    with pytest.raises(MismatchError, match="onebit"):
+        take(later, resumed, [3])
+
+
+def test_nothing_is_lost_when_auto_changes_its_mind(monkeypatch):
+    """With a learning rate of 0 gradients are what the weights say, and their sum is known."""
+    specs = ["onebit", "powersgd:rank=2", "topk:ratio=0.05", "none"]
+    let_auto_choose(monkeypatch, lambda: [policy_of(spec) for spec in specs])
+    net = network()
+    optimizer = wrapped(net, Auto(candidates=("none",)), lr=0.0)
+    sums = [torch.zeros_like(p) for p in net.parameters()]
+    for step in range(len(specs) + 1):
+        take(net, optimizer, [step])
+        for total, p in zip(sums, net.parameters(), strict=True):
+            total += p.grad
+    for number, total in enumerate(sums):
+        given = sum(averaged(net, step)[number] for step in range(len(specs) + 1))
+        torch.testing.assert_close(total, given, rtol=1e-3, atol=1e-5)
+
+
+def test_loading_the_optimizers_state_alone_drops_what_is_owed(caplog):
+    net = network()
+    optimizer = wrapped(net, "onebit")
+    take(net, optimizer, range(2))
+    own, compressed = optimizer.state_dict(), optimizer.compression_state()
+    take(net, optimizer, [2])
+    with caplog.at_level("WARNING", "hpc_dl"):
+        optimizer.load_state_dict(own)
+    assert ("dropped" in caplog.text) == (hvd.size() > 1)
+    for state in optimizer.compression_state().values():
+        assert not state["residual"].any()
+        assert not state["server"].any()
+    caplog.clear()
+    with caplog.at_level("WARNING", "hpc_dl"):
+        take(net, optimizer, [3])
+        optimizer.load_compression_state(compressed)
+        optimizer.load_state_dict(own)  # in any order
+    assert caplog.text == ""
+    for name, state in optimizer.compression_state().items():
+        assert_same_bytes(state["residual"], compressed[name]["residual"])
+
+
+def test_a_state_of_another_model_is_refused():
+    optimizer = wrapped(network(), "onebit")
+    state = {"hidden.weight": {"residual": np.zeros(6, np.float32)}}
+    if hvd.size() > 1:
+        with pytest.raises(OptionError, match=r"'hidden\.weight'.*same model"):
+            optimizer.load_compression_state(state)
+
+
+def test_a_state_that_nobody_uses_is_told_of(caplog):
+    class Own(hvd.Compressor):
+        """A class of the user's own, with Horovod's interface."""
+
+    optimizer = wrapped(network(), Own)
+    state = {"0.weight": {"residual": np.ones(ROWS * COLUMNS, np.float32)}}
+    with caplog.at_level("WARNING", "hpc_dl"):
+        optimizer.load_compression_state(state)
+    assert "compresses nothing" in caplog.text
+
+
+def test_parameters_that_are_added_are_checked_too():
+    first, second = network(), torch.nn.Linear(3, 2)
+    optimizer = wrapped(first, "dgc:ratio=0.1")
+    with pytest.raises(OptionError, match=r"momentum=0\.9"):
+        optimizer.add_param_group({"params": list(second.parameters()), "momentum": 0.9})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": list(second.parameters())})
+    assert len(optimizer.param_groups) == 2
 
 
 def test_compression_is_suspended_on_the_same_step_everywhere(caplog):
@@ -297,3 +389,52 @@ def test_objects_and_mappings_are_as_good_as_names():
         take(net, wrapped(net, compression), range(3))
         take(named, wrapped(named, "topk:ratio=0.05,error_feedback=bf16"), range(3))
         np.testing.assert_array_equal(weights(net), weights(named))
+
+
+def test_the_loop_of_jobs_tells_the_guard_the_loss():
+    data = digits()
+    plan = Plan(data.train, None, hvd.rank(), hvd.size(), 2, 8, seed=0, most_steps=11)
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.LazyLinear(10))
+    net(torch.from_numpy(next(plan.training_batches(0)).images))
+    optimizer, told = wrapped(net, "onebit", lr=0.01), []
+    optimizer.report_loss = told.append
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    learner = Learner(net, optimizer, schedule, torch.nn.functional.cross_entropy)
+    with Run(None, plan.epochs, plan.steps) as run:
+        fit(learner, plan, run)
+    assert len(told) == 4  # of steps 0 and 10 of each epoch
+    assert all(0 < loss < 10 for loss in told)
+
+
+def steps_of(optimizer) -> set[int]:
+    return {int(state["step"]) for state in optimizer.compression_state().values()}
+
+
+@pytest.mark.parametrize("spec", ["onebit", "powersgd:rank=2", "randomk:ratio=0.1"])
+def test_all_ranks_go_on_after_a_join(spec):
+    """Over Horovod ranks that run out of batches cannot compress; all of them together can."""
+    uneven = 0 if current().comm.negotiates else hvd.rank()
+    net = network()
+    optimizer = wrapped(net, spec, lr=0.1, guard=False)
+    take(net, optimizer, range(2 + uneven))
+    last = hvd.join()
+    hvd.broadcast_parameters(net.state_dict(), root_rank=last)
+    take(net, optimizer, range(5, 8))
+    mine = torch.from_numpy(weights(net))
+    for other in hvd.allgather(mine[None]):
+        assert torch.equal(mine, other)
+    if hvd.size() > 1:
+        assert len(set(map(tuple, hvd.allgather_object(sorted(steps_of(optimizer)))))) == 1
+
+
+def test_casts_are_served_after_a_join_over_every_communicator():
+    net = network()
+    optimizer = wrapped(net, "fp16", lr=0.1, guard=False)
+    take(net, optimizer, range(2 + hvd.rank()))
+    last = hvd.join()
+    hvd.broadcast_parameters(net.state_dict(), root_rank=last)
+    take(net, optimizer, range(5, 7))
+    mine = torch.from_numpy(weights(net))
+    for other in hvd.allgather(mine[None]):
+        assert torch.equal(mine, other)

@@ -22,6 +22,7 @@ from keras_training import (
 )
 
 import hpc_dl.keras as hvd
+from hpc_dl.compress import only
 from hpc_dl.errors import MismatchError, OptionError, ReplicaDivergenceError, UnsupportedError
 from hpc_dl.keras.backend import to_numpy
 
@@ -236,6 +237,32 @@ def test_rows_of_embeddings(sparse_as_dense):
     for rank in range(hvd.size()):
         expected[rank % 5 : rank % 5 + 2] -= (rank + 1) / hvd.size()
     np.testing.assert_allclose(table.numpy(), expected, rtol=1e-6, atol=1e-6)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize(
+    ("compression", "row_bytes"),
+    [("none", 4 + 96), ("fp16", 4 + 48), (only("*", "int8", min_bytes=0), 4 + 4 + 24)],
+    ids=["none", "fp16", "int8"],
+)
+def test_rows_travel_as_compression_says(compression, row_bytes):
+    """A rank's rows of one number are added up before, so they travel once."""
+    import tensorflow as tf
+
+    table = keras.Variable(np.zeros((50, 24)), dtype="float32", name="table")
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression=compression)
+    row = hvd.rank() % 49
+    values = tf.ones((3, 24)) * float(hvd.rank() + 1)
+    slices = tf.IndexedSlices(values, tf.constant([row, row + 1, row]), tf.constant([50, 24]))
+    optimizer.apply([slices], [table])
+    expected = np.zeros((50, 24))
+    for rank in range(hvd.size()):
+        expected[rank % 49] -= 2 * (rank + 1) / hvd.size()
+        expected[rank % 49 + 1] -= (rank + 1) / hvd.size()
+    np.testing.assert_allclose(table.numpy(), expected, rtol=1e-3)
+    done = optimizer.traffic()
+    assert done.bytes_sent == (hvd.size() - 1) * 2 * row_bytes
+    assert done.bytes_dense == (hvd.size() - 1) * 2 * (8 + 96)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")

@@ -356,3 +356,20 @@ def test_rank_0_warns_once_of_error_feedback_with_adam(caplog):
             hvd.DistributedOptimizer(adam, compression="powersgd:rank=1")
     said = sum("RAdam is not" in record.message for record in caplog.records)
     assert said == (current().comm.rank == 0)
+
+
+def test_groups_that_are_added_must_share_the_first_beta():
+    first, second = torch.nn.Linear(3, 2), torch.nn.Linear(2, 1)
+    optimizer = hvd.OneBitAdam(first.parameters(), freeze_step=2)
+    optimizer = hvd.DistributedOptimizer(optimizer)
+    with pytest.raises(OptionError, match="first betas"):
+        optimizer.add_param_group({"params": list(second.parameters()), "betas": (0.5, 0.9)})
+    with pytest.raises(OptionError, match="eps"):
+        optimizer.add_param_group({"params": list(second.parameters()), "eps": -1.0})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("kind", [hvd.OneBitAdam, hvd.OneBitLamb])
+def test_an_option_that_there_is_not_is_refused(kind):
+    with pytest.raises(TypeError, match="beta_one"):
+        kind(torch.nn.Linear(3, 2).parameters(), freeze_step=2, beta_one=0.9)

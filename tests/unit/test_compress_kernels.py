@@ -13,10 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hpc_dl.compress import Floats
+from hpc_dl.comm import Communicator
+from hpc_dl.compress import Floats, Unit, make
 from hpc_dl.compress.kernels import casts, checks, compile, maxabs, signs, topk
 from hpc_dl.compress.kernels.compile import Kernel
-from hpc_dl.compress.signs import OneBit
+from hpc_dl.compress.kernels.draw import hash_of, uniform_of
+from hpc_dl.compress.random import hashed, uniform
+from hpc_dl.compress.signs import OneBit, SignSgd
+from hpc_dl.reduce.exchange import make_exchange
+from hpc_dl.testing import run_threads
 from hpc_dl.testing.same import assert_same_bytes
 
 pytestmark = pytest.mark.timeout(120)
@@ -33,6 +38,7 @@ KERNELS = {
     "scatter_add": topk.scatter_add,
     "signs.encode": signs.encode,
     "signs.decode": signs.decode,
+    "signs.pack": signs.pack,
 }
 
 
@@ -90,6 +96,30 @@ def check_equal(kernel: Kernel, *args: Any) -> list[Any]:
 @pytest.mark.parametrize("name", KERNELS)
 def test_both_codes_are_there(name: str) -> None:
     assert KERNELS[name].fastest is not KERNELS[name].reference
+
+
+# --- random numbers -----------------------------------------------------------------
+
+
+def _draw(key: int, start: int, words: Any, draws: Any) -> None:
+    for i in range(len(words)):
+        words[i] = hash_of(key, start + i)
+        draws[i] = uniform_of(key, start + i)
+
+
+def _draw_reference(key: int, start: int, words: Any, draws: Any) -> None:
+    counters = (start + np.arange(len(words))).astype(np.uint32)
+    words[:] = hashed(key, counters)
+    draws[:] = [uniform(key, 1, int(counter))[0] for counter in counters]
+
+
+DRAW = Kernel(_draw, _draw_reference)
+
+
+@settings(deadline=None)
+@given(key=st.integers(0, 2**32 - 1), start=st.integers(0, 2**33), count=st.integers(1, 50))
+def test_loops_draw_what_numpy_draws(key: int, start: int, count: int) -> None:
+    check_equal(DRAW, key, start, np.zeros(count, np.uint32), np.zeros(count, np.float32))
 
 
 # --- casts --------------------------------------------------------------------------
@@ -272,6 +302,56 @@ def test_signs_fit_their_payload(x: Floats) -> None:
     out = np.full(len(x), np.nan, np.float32)
     OneBit().decode(payload, out)
     assert np.isfinite(out).all()
+
+
+@settings(deadline=None)
+@given(floats(), st.integers(0, 2**32 - 1))
+def test_signs_alone(x: Floats, key: int) -> None:
+    bits = check_equal(signs.pack, x, key, np.full(-(-len(x) // 8), 7, np.uint8))[2]
+    negative = np.unpackbits(bits, count=len(x), bitorder="little").astype(bool)
+    np.testing.assert_array_equal(negative[x != 0], x[x != 0] < 0)
+
+
+def _mean_within(values: Floats) -> bool:
+    """Tell whether as many are 1 as -1, within six standard deviations."""
+    assert set(np.unique(values)) == {-1, 1}
+    return bool(abs(values.mean()) < 6 / np.sqrt(values.size))
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_zero_has_either_sign(zero: float) -> None:
+    """By entry, and by step and rank, which the key stands for; other entries have their own."""
+    codec, out = SignSgd(), np.empty((100, 1003), np.float32)
+    x = np.full(1003, zero, np.float32)
+    x[::3], x[1::3] = 1e-40, -1e-40
+    for key, found in enumerate(out):
+        codec.decode(codec.encode(x, key), found)
+    assert (out[:, ::3] == 1).all()
+    assert (out[:, 1::3] == -1).all()
+    zeros = out[:, 2::3]
+    assert _mean_within(zeros)
+    # No entry, and no key, has always the same: 100 tosses, 334 tosses.
+    assert abs(zeros.mean(axis=0)).max() < 0.7
+    assert abs(zeros.mean(axis=1)).max() < 0.4
+    assert abs(np.corrcoef(zeros[:-1].reshape(-1), zeros[1:].reshape(-1))[0, 1]) < 0.05
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_a_tie_is_drawn_and_the_ranks_agree(size: int) -> None:
+    unit = Unit.single("x", (3, 801))
+
+    def main(comm: Communicator) -> Floats:
+        exchange = make_exchange(comm, unit, make("signsgd"))
+        buckets = np.full((50, unit.size), 1 if comm.rank % 2 else -1, np.float32)
+        for step, bucket in enumerate(buckets):
+            exchange.run(bucket, step)
+        return buckets
+
+    first, *others = run_threads(size, main)
+    for other in others:
+        assert_same_bytes(other, first)
+    assert _mean_within(first)
+    assert abs(first.mean(axis=0)).max() < 0.9
 
 
 # --- without numba ------------------------------------------------------------------

@@ -10,9 +10,18 @@ from hpc_dl.errors import OptionError
 SGD = Optimizer("SGD", "sgd")
 MOMENTUM = Optimizer("SGD", "sgd", momentum=0.9)
 ADAM = Optimizer("AdamW", "adaptive")
+LION = Optimizer("Lion", "sign")
 OTHER = Optimizer("LBFGS", "other")
 SHARED = Optimizer("OneBitAdam", "adaptive", shared_momentum=0.9)
 
+#: Names of classes of torch, of Keras, and of packages of optimizers.
+ADAPTIVE = """
+    Adam AdamW NAdam RAdam Adamax FusedAdam AdamP AdamW8bit GaLoreAdamW SparseAdam
+    DAdaptAdam Adagrad Adadelta RMSprop RMSpropTF Adafactor Lamb Ftrl Adan AdaBelief
+    AdaBound Adahessian ADOPT SophiaG Shampoo DistributedShampoo SOAP Prodigy NovoGrad
+    NvNovoGrad MADGRAD LaProp Yogi CAME Ranger21 DiffGrad AdEMAMix ScheduleFreeAdamW
+    AdaSmooth
+"""
 #: Optimizer, compression, and what the error names as the remedy.
 REFUSED = [
     (MOMENTUM, "dgc", "momentum=0"),
@@ -21,6 +30,8 @@ REFUSED = [
     (Optimizer("Muon", "other", momentum=0.95), "dgc", "momentum=0"),
     (ADAM, "dgc", "SGD with momentum=0"),
     (ADAM, "demo", "SGD with momentum=0"),
+    (LION, "dgc", "SGD with momentum=0"),
+    (LION, "demo", "SGD with momentum=0"),
     (ADAM, "onebit", "OneBitAdam"),
     (ADAM, "onebit:error_feedback=int8", "OneBitAdam"),
     (SHARED, "onebit", "the compression that they bring along"),
@@ -37,7 +48,9 @@ ALLOWED = [
     (MOMENTUM, "onebit"),
     (MOMENTUM, "powersgd:rank=2"),
     (OTHER, "onebit"),
-    (ADAM, "signsgd"),
+    (MOMENTUM, "signsgd"),
+    (LION, "int8"),
+    (LION, "fp16"),
     (ADAM, "int8"),
     (ADAM, "none"),
     (SHARED, shared_momentum("onebit", 0.9, 5)),
@@ -106,6 +119,26 @@ def test_other_error_feedback_with_adaptive_optimizers_is_a_warning(spec):
     assert fit(MOMENTUM, policy_of(spec))[1] == []
 
 
+@pytest.mark.parametrize("optimizer", [ADAM, LION])
+def test_signs_without_a_scale_leave_nothing_to_adapt_to(optimizer):
+    """Adam divides a sign by the root mean square of signs, which is one: it is allowed."""
+    policy = policy_of("signsgd")
+    same, warnings = fit(optimizer, policy)
+    assert same == policy
+    (text,) = warnings
+    assert f"{optimizer.name} with compression='signsgd'" in text
+    assert "learning rate" in text
+    assert fit(optimizer, unchecked("signsgd"))[1] == []
+
+
+@pytest.mark.parametrize("spec", ["onebit", "topk", "powersgd"])
+def test_error_feedback_with_an_optimizer_that_takes_signs_is_a_warning(spec):
+    same, (text,) = fit(LION, policy_of(spec))
+    assert same == policy_of(spec)
+    assert "linear in the gradient; Lion is not" in text
+    assert "OneBitAdam" not in text  # it stands for Adam, not for this one
+
+
 def test_an_automatic_choice_leaves_out_what_does_not_fit():
     policy, _ = fit(ADAM, policy_of("auto"))
     assert policy.auto is not None
@@ -119,13 +152,10 @@ def test_an_automatic_choice_leaves_out_what_does_not_fit():
 @pytest.mark.parametrize(
     ("name", "family"),
     [
-        *(
-            (name, "adaptive")
-            for name in ("Adam", "AdamW", "NAdam", "RAdam", "Adamax", "FusedAdam")
-        ),
-        *((name, "adaptive") for name in ("Adagrad", "Adadelta", "RMSprop", "Adafactor", "Lamb")),
-        *((name, "sgd") for name in ("SGD", "ASGD", "FusedSGD")),
-        *((name, "other") for name in ("LBFGS", "Rprop", "Lion")),
+        *((name, "adaptive") for name in ADAPTIVE.split()),
+        *((name, "sgd") for name in ("SGD", "ASGD", "FusedSGD", "SGDP", "ScheduleFreeSGD")),
+        *((name, "sign") for name in ("Lion", "Lion8bit", "SignSGD", "Signum", "Tiger", "Rprop")),
+        *((name, "other") for name in ("LBFGS", "Muon", "Lookahead", "Camera")),
     ],
 )
 def test_families_go_by_the_names_of_classes(name, family):

@@ -155,3 +155,89 @@ def test_descriptions_tell_what_else_must_be_the_same(other: dict[str, Any]) -> 
     """Ranks with other seeds draw different numbers; with other limits they wait in vain."""
     policy = policy_of("topk")
     assert policy._replace(**other).describe() != policy.describe()
+
+
+# --- the guard's limits, and the seed ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"name": "onebit", "limits": {"every": 10, "pause": 5}, "seed": 7},
+        {"name": "onebit", "limits": Limits(every=10, pause=5), "seed": 7},
+        policy_of("onebit", limits={"every": 10, "pause": 5}, seed=7),
+        policy_of([("*", "onebit")], limits=Limits(every=10, pause=5), seed=7),
+        policy_of(policy_of("onebit", seed=3, limits={"pause": 5, "every": 10}), seed=7),
+    ],
+)
+def test_all_ways_to_give_limits_and_a_seed(given: Any) -> None:
+    policy = policy_of(given)
+    assert policy == policy_of("onebit")._replace(limits=Limits(every=10, pause=5), seed=7)
+    assert hash(policy) == hash(policy_of(given))
+    assert policy.describe() != policy_of("onebit").describe()
+
+
+def test_what_is_given_is_not_changed() -> None:
+    given = {"name": "onebit", "limits": {"every": 10}, "seed": 7}
+    before = dict(given)
+    policy_of(given)
+    assert given == before
+
+
+def test_an_automatic_choice_has_limits_too() -> None:
+    policy = policy_of("auto", limits={"every": 10})
+    assert policy.auto is not None
+    assert policy.limits == Limits(every=10)
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"evry": 1}, "unknown option 'evry' for limits; valid: every, max_loss"),
+        ({"every": -1}, "every=-1; give a whole number from 0"),
+        ({"every": 2.5}, "every=2.5"),
+        ({"every": True}, "every=True"),
+        ({"pause": 0}, "pause=0; give a whole number from 1"),
+        ({"tries": 0}, "tries=0; give a whole number from 1"),
+        ({"min_cosine": 1.5}, "min_cosine=1.5; give a number from -1 to 1"),
+        ({"min_cosine": float("nan")}, "min_cosine=nan"),
+        ({"min_cosine": "0.5"}, "min_cosine='0.5'"),
+        ({"max_residual": 0}, "max_residual=0; give a number above 0"),
+        ({"max_residual": float("nan")}, "max_residual=nan"),
+        ({"max_loss": 1}, "max_loss=1; give a number above 1"),
+        (3, "limits=3; give a mapping"),
+    ],
+)
+def test_bad_limits(limits: Any, said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        policy_of("onebit", limits=limits)
+    with pytest.raises(OptionError, match=said):
+        policy_of({"name": "onebit", "limits": limits})
+    if isinstance(limits, dict) and "evry" not in limits:
+        with pytest.raises(OptionError, match=said):
+            Limits(**limits)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, True, "x"])
+def test_bad_seeds(seed: Any) -> None:
+    with pytest.raises(OptionError, match="give a whole number from 0 to 4294967295"):
+        policy_of("onebit", seed=seed)
+
+
+limits = st.builds(
+    Limits,
+    every=st.integers(0, 3),
+    min_cosine=st.sampled_from([-1, 0.5, 1]),
+    max_loss=st.sampled_from([1.5, float("inf")]),
+    pause=st.integers(1, 2),
+)
+
+
+@given(limits, limits, st.integers(0, 2), st.integers(0, 2))
+def test_ranks_see_other_limits_and_seeds(one: Limits, two: Limits, seed: int, other: int) -> None:
+    policies = (
+        policy_of("onebit", limits=one, seed=seed),
+        policy_of("onebit", limits=two, seed=other),
+    )
+    same = policies[0] == policies[1]
+    assert (policies[0].describe() == policies[1].describe()) == same

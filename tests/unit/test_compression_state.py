@@ -26,10 +26,13 @@ from hpc_dl.compress import (
 from hpc_dl.compress.casts import Float16
 from hpc_dl.compress.demo import Demo
 from hpc_dl.compress.scheme import scheme_of
+from hpc_dl.errors import OptionError
 from hpc_dl.reduce import Saved, reshard
-from hpc_dl.reduce.compression import BucketCompression
+from hpc_dl.reduce.compression import BucketCompression, unit_of
 from hpc_dl.reduce.exchange import make_exchange
 from hpc_dl.testing import run_threads
+from hpc_dl.testing.compression.suite import UNIT as GAPPY
+from hpc_dl.testing.compression.suite import noise, run_steps
 from hpc_dl.testing.same import assert_same_bytes
 
 pytestmark = pytest.mark.timeout(60)
@@ -272,6 +275,52 @@ def test_reshard_keeps_what_is_owed(spec: str, old: int, new: int) -> None:
     assert states[0]["w"]["residual"].any() or states[0]["w"]["server"].any()
 
 
+def _times(op: Op, size: int) -> int:
+    """Return of how many means the ranks' result is made."""
+    return size if op is Op.SUM else 1
+
+
+def owed_of_all(saved: Sequence[Saved], name: str, op: Op) -> Any:
+    """Return what is still to come out."""
+    mean = owed(saved, name, "residual").mean(axis=0) + owed(saved, name, "server").sum(axis=0)
+    return mean * _times(op, len(saved))
+
+
+@pytest.mark.parametrize("op", [Op.AVERAGE, Op.SUM])
+@pytest.mark.parametrize(("old", "new"), [(3, 2), (2, 3), (1, 3), (3, 1)])
+def test_a_flush_after_reshard_pays_what_was_owed(old: int, new: int, op: Op) -> None:
+    """And of momentum, the ranks together have as much as before."""
+    scheme = make("topk:ratio=0.4,momentum=0.9")
+    states = saved_after(scheme, old, 3)
+    merged = reshard(states, op=op, size=new)
+
+    def main(comm: Communicator) -> dict[str, Floats]:
+        exchange = make_exchange(comm, unit_of(ONE.buckets[0]), scheme)
+        exchange.factor = np.float32(_times(op, new))
+        arrays = exchange.arrays()
+        for segment in exchange.unit.segments:
+            for key in ("residual", "server"):
+                arrays[key][segment.offset : segment.stop] = merged[segment.name][key]
+        exchange.load_arrays(arrays)
+        bucket = np.zeros(exchange.unit.size, np.float32)
+        exchange.run(bucket, 3, wire=F32)
+        return {s.name: bucket[s.offset : s.stop] for s in exchange.unit.segments}
+
+    for paid in run_threads(new, main):
+        for name, values in paid.items():
+            np.testing.assert_allclose(values, owed_of_all(states, name, op), rtol=0, atol=1e-4)
+    for name in merged:
+        before = owed(states, name, "momentum").mean(axis=0) * _times(op, old)
+        after = merged[name]["momentum"] * _times(op, new)
+        np.testing.assert_allclose(after, before, rtol=0, atol=1e-5)
+
+
+def test_reshard_of_a_sum_must_know_for_how_many_ranks() -> None:
+    states = saved_after(make("onebit"), 2, 1)
+    with pytest.raises(OptionError, match="2 ranks with op=Sum; give size="):
+        reshard(states, op=Op.SUM)
+
+
 @pytest.mark.parametrize("op", [Op.AVERAGE, Op.SUM])
 @pytest.mark.parametrize("spec", ["onebit", "topk:ratio=0.4", "topk:ratio=0.05"])
 def test_nothing_is_lost_over_a_change_of_ranks(spec: str, op: Op) -> None:
@@ -281,7 +330,7 @@ def test_nothing_is_lost_over_a_change_of_ranks(spec: str, op: Op) -> None:
     states: list[Saved] = []
     numbers = itertools.count()
     for size in sizes:
-        merged = reshard(states)
+        merged = reshard(states, op=op, size=size)
         mine = [next(numbers) for _ in range(steps)]
 
         def main(
@@ -293,15 +342,12 @@ def test_nothing_is_lost_over_a_change_of_ranks(spec: str, op: Op) -> None:
 
         found = run_threads(size, main)
         states = [state for _, state in found]
-        unit = size if op is Op.SUM else 1  # of a mean in what is returned
         for number, out in zip(mine, found[0][0], strict=True):
             for name, value in out.items():
                 mean = np.mean([gradient(name, r, number) for r in range(size)], axis=0)
-                total[name] += mean - value / unit
+                total[name] += mean * _times(op, size) - value
     for name, rest in total.items():
-        left = owed(states, name, "residual").mean(axis=0)
-        left += owed(states, name, "server").sum(axis=0)
-        np.testing.assert_allclose(left, rest, rtol=0, atol=1e-3)
+        np.testing.assert_allclose(owed_of_all(states, name, op), rest, rtol=0, atol=1e-3)
         assert np.abs(rest).max() > 0.05
 
 
@@ -335,6 +381,35 @@ def test_what_was_owed_of_sums_is_sent_when_entries_are_gathered_again() -> None
 
     results = run_threads(ranks, main)
     assert results[0][1] == pytest.approx(np.mean([given for given, _ in results]), rel=1e-4)
+
+
+def test_what_is_loaded_of_sums_is_sent_where_entries_are_gathered() -> None:
+    """Also if the state of a run that summed comes after the first steps."""
+    scheme, unit = make("topk:ratio=0.02"), Unit.single("x", (60, 80))
+
+    def main(comm: Communicator) -> None:
+        exchange = make_exchange(comm, unit, scheme)
+        bucket = np.ones(unit.size, np.float32)
+        exchange.run(bucket, 0)
+        saved = exchange.arrays()
+        saved["server"][:] = 1
+        exchange.load_arrays(saved)
+        exchange.run(bucket, 1)
+        assert not exchange.arrays()["server"].any()
+
+    run_threads(3, main)
+
+
+def test_nothing_is_kept_between_parameters() -> None:
+    """It would be sent with the next gradient."""
+    scheme = make("onebit:warmup=1")._replace(shared_momentum=0.9)
+    used = np.zeros(GAPPY.size, bool)
+    for segment in GAPPY.segments:
+        used[segment.offset : segment.stop] = True
+    for trace in run_steps(scheme, 3, noise(), range(4)):
+        for key, array in trace.saved[-1].items():
+            assert array.any()
+            assert not array[~used].any(), key
 
 
 def test_the_majority_decides_whoever_sums() -> None:

@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": set(),
     "training": {"errors", "data", "observe", "models", "world", "torch", "keras"},
     "launch": {"errors", "comm.abort", "comm.choose", "comm.launched"},
-    "cli": {"errors", "launch", "comm", "compress", "reduce"},
+    "cli": {"errors", "arrays", "launch", "comm", "compress", "reduce"},
     "testing": CORE | {"torch", "tensorflow", "keras", "data", "observe", "launch"},
     "jobs": {"errors", "data", "observe", "models", "training", "cli", "world", "torch", "keras"},
 }

@@ -10,7 +10,8 @@ from hpc_dl.comm import Op
 from hpc_dl.comm.threads import run_threads
 from hpc_dl.errors import MismatchError, OptionError
 from hpc_dl.world import Group, global_process_set
-from hpc_dl.world.reducers import Reducers, gradient_options, group_names, unique
+from hpc_dl.world.gradients import gradient_options, group_names, unique
+from hpc_dl.world.reducers import Reducers
 
 
 def options(**changed):

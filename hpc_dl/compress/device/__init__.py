@@ -2,18 +2,19 @@
 
 They are plain torch operations, each a kernel of its own, which rounds its result as IEEE 754
 says: no product and sum are fused, and a sum is taken in the host's order by one operation for
-each term. Division needs care; see ``codec.quotient``. They run on any device, the CPU too.
+each term. Division needs care; see ``codec.quotient``. They run on any device, the CPU too. Only
+the matrix products of PowerSGD that are averaged afterwards differ from the host's, by rounding.
 
 This imports torch, so the core imports it only where it is given a tensor.
 """
 
 from hpc_dl.compress.base import Compressor
 from hpc_dl.compress.blocks import Levels
-from hpc_dl.compress.casts import BFloat16, Cast, Float16, NoCompression
 from hpc_dl.compress.device.codec import DeviceCodec, Piece
 from hpc_dl.compress.device.fp8 import DeviceFloat8
 from hpc_dl.compress.device.levels import DeviceLevels
 from hpc_dl.compress.device.natural import DeviceNatural
+from hpc_dl.compress.device.rounds import Rounds, rounds_of
 from hpc_dl.compress.device.select import Select, select_of
 from hpc_dl.compress.device.signs import DeviceOneBit, DeviceSignSgd
 from hpc_dl.compress.fp8 import Float8
@@ -22,7 +23,16 @@ from hpc_dl.compress.natural import Natural
 from hpc_dl.compress.qsgd import Qsgd
 from hpc_dl.compress.signs import OneBit, SignSgd
 
-__all__ = ["DeviceCodec", "Piece", "Select", "codec_of", "has_kernels", "is_cast", "select_of"]
+__all__ = [
+    "DeviceCodec",
+    "Piece",
+    "Rounds",
+    "Select",
+    "codec_of",
+    "has_kernels",
+    "rounds_of",
+    "select_of",
+]
 
 
 def codec_of(compressor: Compressor) -> DeviceCodec | None:
@@ -42,13 +52,6 @@ def codec_of(compressor: Compressor) -> DeviceCodec | None:
     return DeviceNatural() if kind is Natural else None
 
 
-def is_cast(compressor: Compressor) -> bool:
-    """Tell whether a compressor is one of the casts."""
-    return isinstance(compressor, Cast) and type(compressor) in (NoCompression, Float16, BFloat16)
-
-
 def has_kernels(compressor: Compressor) -> bool:
     """Tell whether a compressor works on tensors."""
-    return (
-        is_cast(compressor) or codec_of(compressor) is not None or select_of(compressor) is not None
-    )
+    return any(find(compressor) is not None for find in (rounds_of, codec_of, select_of))

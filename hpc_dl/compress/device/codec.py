@@ -14,6 +14,7 @@ import torch
 from hpc_dl.arrays import torch_view
 from hpc_dl.compress.base import Bytes
 from hpc_dl.compress.kernels.lanes import LANES
+from hpc_dl.compress.random import GOLDEN, MIX
 
 _MASK = 0xFFFFFFFF
 
@@ -49,10 +50,12 @@ class DeviceCodec(ABC):
     numbers: int = 0
     #: Whether random numbers are needed.
     random: bool = False
+    #: Values that share a random number.
+    drawn_for: int = 1
 
     @abstractmethod
     def _encode(self, values: torch.Tensor, draws: torch.Tensor) -> Encoded:
-        """Encode; ``draws`` holds 24 random bits for each value, or is empty."""
+        """Encode; ``draws`` holds 24 random bits for each value or group of them, or is empty."""
 
     @abstractmethod
     def _decode(self, encoded: Encoded, size: int) -> torch.Tensor:
@@ -70,7 +73,7 @@ class DeviceCodec(ABC):
             The payloads of the pieces.
         """
         values = x if left is None else left.add_(x)
-        draws = _draws(pieces, x.device) if self.random else x.new_empty(0)
+        draws = _draws(pieces, self.drawn_for, x.device) if self.random else x.new_empty(0)
         encoded = self._encode(values, draws)
         if left is not None:
             left.sub_(self._decode(encoded, len(left)))
@@ -171,19 +174,20 @@ def sum_in_lanes(rows: torch.Tensor) -> torch.Tensor:
     return lanes[:, 0]
 
 
-def _draws(pieces: Sequence[Piece], device: torch.device) -> torch.Tensor:
-    """Return 24 random bits for each value, those of ``compress.random`` for its piece's key.
+def _draws(pieces: Sequence[Piece], shared_by: int, device: torch.device) -> torch.Tensor:
+    """Return 24 random bits for so many values: those of ``compress.random`` for a piece's key.
 
     In int64, as torch has few operations on uint32; no product is beyond that.
     """
-    table = np.array([(p.start, p.key, p.stop - p.start) for p in pieces], np.int64).T.copy()
+    bounds = [(p.start // shared_by, -(-p.stop // shared_by), p.key) for p in pieces]
+    table = np.array([(a, key, b - a) for a, b, key in bounds], np.int64).T.copy()
     starts, keys, sizes = torch.from_numpy(table).to(device)
-    count = pieces[-1].stop
+    count = bounds[-1][1]
     if len(pieces) > 1:
         starts = torch.repeat_interleave(starts, sizes, output_size=count)
         keys = torch.repeat_interleave(keys, sizes, output_size=count)
     h = torch.arange(count, device=device)
-    h.sub_(starts).mul_(0x9E3779B9).add_(keys).bitwise_and_(_MASK)
+    h.sub_(starts).mul_(int(GOLDEN)).add_(keys).bitwise_and_(_MASK)
     for _ in range(2):
-        h.bitwise_xor_(h >> 16).mul_(0x45D9F3B).bitwise_and_(_MASK)
+        h.bitwise_xor_(h >> 16).mul_(int(MIX)).bitwise_and_(_MASK)
     return h.bitwise_xor_(h >> 16).bitwise_right_shift_(8)

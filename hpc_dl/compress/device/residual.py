@@ -17,19 +17,12 @@ class DeviceResidual(Residual):
         self._values = torch.zeros(size, dtype=dtype, device=device)
 
     def load(self) -> Any:
-        """Return the values: of float32, the memory itself."""
-        return self._values.float()
+        """Return a copy of float32."""
+        return self._values.to(torch.float32, copy=True)
 
     def store(self, values: Any) -> None:
-        """Round to the nearest."""
-        if values is not self._values:
-            self._values.copy_(values)
-
-    def take(self) -> Any:
-        """Return a copy of the values and forget them."""
-        values = self.load().clone()
-        self.store(torch.zeros_like(values))
-        return values
+        """Round to the nearest; a tensor of the same type is taken over."""
+        self._values = values.to(self._values.dtype)
 
     @property
     def nbytes(self) -> int:

@@ -47,13 +47,14 @@ class DeviceOneBit(DeviceCodec):
 class DeviceSignSgd(DeviceCodec):
     """Signs alone."""
 
-    block, width = 8, 1
+    block, width, random, drawn_for = 8, 1, True, 8
 
     def __init__(self, scale: float):
         self._scale = float(np.float32(scale))
 
     def _encode(self, values: torch.Tensor, draws: torch.Tensor) -> Encoded:
-        return Encoded(values.new_empty(0), _pack((values < 0).view(torch.uint8)))
+        zero = _pack((values == 0).view(torch.uint8)) & (draws >> 16).to(torch.uint8)
+        return Encoded(values.new_empty(0), _pack((values < 0).view(torch.uint8)) | zero)
 
     def _decode(self, encoded: Encoded, size: int) -> torch.Tensor:
         scale = torch.full((size,), self._scale, device=encoded.codes.device)

@@ -7,10 +7,25 @@ with NumPy. Both give the same bytes; the tests compare them.
 import functools
 import importlib
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
 log = logging.getLogger("hpc_dl.compress")
+
+#: Functions that loops call, until the first loop is compiled.
+_called: list[Callable[..., Any]] = []
+_lock = threading.Lock()
+
+
+def called_by_loops(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let loops call a plain function; it becomes a part of them, and costs them nothing.
+
+    A cached loop is compiled anew when its own file changes, not when another file does: a
+    function that may change must be in the file of the loops that call it.
+    """
+    _called.append(function)
+    return function
 
 
 @functools.cache
@@ -39,6 +54,9 @@ def compiled(loop: Callable[..., Any]) -> Any:
     numba = _numba()
     if numba is None:
         return None
+    with _lock:
+        while _called:
+            importlib.import_module("numba.extending").register_jitable(_called.pop())
     try:
         return numba.njit(nogil=True, cache=True)(loop)
     except RuntimeError:  # no folder that may be written to: compile in each process

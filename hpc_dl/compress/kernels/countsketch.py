@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from hpc_dl.compress.base import Array, Floats
 from hpc_dl.compress.kernels.compile import Kernel
+from hpc_dl.compress.kernels.draw import hash_of
 from hpc_dl.compress.random import hashed
 
 #: Tables of which the median is taken.
@@ -41,16 +42,8 @@ def _encode(x: Any, starts: Any, key: int, run: int, tables: Any) -> None:
         begin = number * run
         count = min(run, size - begin)
         given = bits[begin : begin + count]
-        first = np.uint32(begin)
         for j in range(count):
-            h = np.uint32((first + np.uint32(j)) * np.uint32(0x9E3779B9)) + np.uint32(key)
-            h = np.uint32(h)
-            h ^= h >> np.uint32(16)
-            h = np.uint32(h * np.uint32(0x45D9F3B))
-            h ^= h >> np.uint32(16)
-            h = np.uint32(h * np.uint32(0x45D9F3B))
-            h ^= h >> np.uint32(16)
-            words[j] = h
+            words[j] = hash_of(key, begin + j)
         for table in range(len(tables)):
             start = starts[table, number]
             part = tables[table][start : start + count]
@@ -86,16 +79,8 @@ def _estimate(tables: Any, starts: Any, key: int, run: int, out: Any) -> None:
     for number in range(starts.shape[1]):
         begin = number * run
         count = min(run, size - begin)
-        first = np.uint32(begin)
         for j in range(count):
-            h = np.uint32((first + np.uint32(j)) * np.uint32(0x9E3779B9)) + np.uint32(key)
-            h = np.uint32(h)
-            h ^= h >> np.uint32(16)
-            h = np.uint32(h * np.uint32(0x45D9F3B))
-            h ^= h >> np.uint32(16)
-            h = np.uint32(h * np.uint32(0x45D9F3B))
-            h ^= h >> np.uint32(16)
-            words[j] = h
+            words[j] = hash_of(key, begin + j)
         for table in range(MEDIAN):
             start = starts[table, number]
             part = tables[table][start : start + count].view(np.uint32)

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hpc_dl.compress.base import Floats
-from hpc_dl.compress.kernels.compile import Kernel
+from hpc_dl.compress.kernels.compile import Kernel, called_by_loops
+from hpc_dl.compress.kernels.draw import hash_of
 from hpc_dl.compress.random import hashed
 
 BLOCK = 1024
@@ -34,6 +35,31 @@ def parities() -> Floats:
     return found
 
 
+@called_by_loops
+def _transform(a: Any, b: Any) -> None:
+    """Transform ``a``, which is used up, to ``b``."""
+    _butterflies(a)
+    for i in range(SIDE):
+        line = b[i * SIDE : i * SIDE + SIDE]
+        for j in range(SIDE):
+            line[j] = a[j * SIDE + i]
+    _butterflies(b)
+
+
+@called_by_loops
+def _butterflies(a: Any) -> None:
+    """Transform the columns of 32 by 32 entries."""
+    half = BLOCK // 2
+    while half >= SIDE:
+        for base in range(0, BLOCK, 2 * half):
+            low, high = a[base : base + half], a[base + half : base + 2 * half]
+            for j in range(half):
+                u, v = low[j], high[j]
+                low[j] = u + v
+                high[j] = u - v
+        half //= 2
+
+
 def _encode(x: Any, key: int, rows: Any, out: Any) -> None:
     size, kept = len(x), len(rows)
     a, b = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
@@ -41,36 +67,13 @@ def _encode(x: Any, key: int, rows: Any, out: Any) -> None:
         start = number * BLOCK
         count = min(BLOCK, size - start)
         given = x[start : start + count]
-        first = np.uint32(start)
         for j in range(count):
-            h = np.uint32((first + np.uint32(j)) * np.uint32(0x9E3779B9)) + np.uint32(key)
-            h = np.uint32(h)
-            h ^= h >> np.uint32(16)
-            h = np.uint32(h * np.uint32(0x45D9F3B))
-            h ^= h >> np.uint32(16)
-            h = np.uint32(h * np.uint32(0x45D9F3B))
-            h ^= h >> np.uint32(16)
-            a[j] = -given[j] if h & np.uint32(1) else given[j]
+            a[j] = -given[j] if hash_of(key, start + j) & np.uint32(1) else given[j]
         a[count:] = 0
-        for turn in range(2):
-            half = BLOCK // 2
-            while half >= SIDE:
-                for base in range(0, BLOCK, 2 * half):
-                    low, high = a[base : base + half], a[base + half : base + 2 * half]
-                    for j in range(half):
-                        u, v = low[j], high[j]
-                        low[j] = u + v
-                        high[j] = u - v
-                half //= 2
-            if turn == 0:
-                for i in range(SIDE):
-                    line = b[i * SIDE : i * SIDE + SIDE]
-                    for j in range(SIDE):
-                        line[j] = a[j * SIDE + i]
-                a, b = b, a
+        _transform(a, b)
         mine = out[number * kept : number * kept + kept]
         for j in range(kept):
-            mine[j] = a[rows[j]]
+            mine[j] = b[rows[j]]
 
 
 def transform(blocks: Floats) -> Floats:
@@ -126,16 +129,9 @@ def _recover(
     share = np.float32(1) / np.float32(fitted)
     for number in range(len(y) // kept):
         start = number * BLOCK
-        first = np.uint32(start)
         for j in range(BLOCK):
-            h = np.uint32((first + np.uint32(j)) * np.uint32(0x9E3779B9)) + np.uint32(key)
-            h = np.uint32(h)
-            h ^= h >> np.uint32(16)
-            h = np.uint32(h * np.uint32(0x45D9F3B))
-            h ^= h >> np.uint32(16)
-            h = np.uint32(h * np.uint32(0x45D9F3B))
-            h ^= h >> np.uint32(16)
-            sign[j] = np.float32(1) - np.float32(2) * np.float32(h & np.uint32(1))
+            odd = hash_of(key, start + j) & np.uint32(1)
+            sign[j] = np.float32(1) - np.float32(2) * np.float32(odd)
         best[:] = 0
         least = 0.0
         for j in range(kept):
@@ -150,25 +146,10 @@ def _recover(
             a[:] = 0
             for j in range(fitted):
                 a[rows[j]] = np.float32(rest[j])
-            for turn in range(2):
-                half = BLOCK // 2
-                while half >= SIDE:
-                    for base in range(0, BLOCK, 2 * half):
-                        low, high = a[base : base + half], a[base + half : base + 2 * half]
-                        for j in range(half):
-                            u, v = low[j], high[j]
-                            low[j] = u + v
-                            high[j] = u - v
-                    half //= 2
-                if turn == 0:
-                    for i in range(SIDE):
-                        line = b[i * SIDE : i * SIDE + SIDE]
-                        for j in range(SIDE):
-                            line[j] = a[j * SIDE + i]
-                    a, b = b, a
+            _transform(a, b)
             # Find the entries that are largest then, by halving: counting uses vectors.
             for j in range(BLOCK):
-                z[j] = np.float32(best[j]) + sign[j] * a[j] * share
+                z[j] = np.float32(best[j]) + sign[j] * b[j] * share
             bits = z.view(np.uint32)
             for j in range(BLOCK):
                 magnitudes[j] = bits[j] & np.uint32(0x7FFFFFFF)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from hpc_dl.compress.base import Bytes, Floats
 from hpc_dl.compress.kernels.compile import Kernel
+from hpc_dl.compress.kernels.draw import uniform_of
 from hpc_dl.compress.kernels.lanes import LANES, total
 from hpc_dl.compress.random import uniform
 
@@ -20,8 +21,6 @@ from hpc_dl.compress.random import uniform
 #: zero as its largest magnitude or its Euclidean norm.
 MIN_MAX, MAX, L2 = 0, 1, 2
 
-_GOLDEN, _MIX = np.uint32(0x9E3779B9), np.uint32(0x45D9F3B)
-_ULP = np.float32(2.0**-24)
 #: Somewhat below the largest float32: rounding of what is decoded cannot go beyond that.
 LIMIT = np.float32(3.4e38)
 LARGEST = np.finfo(np.float32).max
@@ -107,11 +106,7 @@ def _encode(
 
         if random:
             for i in range(count):
-                h = np.uint32(np.uint32(np.uint32(start) + np.uint32(i)) * _GOLDEN + key)
-                h = np.uint32(np.uint32(h ^ (h >> np.uint32(16))) * _MIX)
-                h = np.uint32(np.uint32(h ^ (h >> np.uint32(16))) * _MIX)
-                h = np.uint32(h ^ (h >> np.uint32(16)))
-                draws[i] = np.float32(np.int32(h >> np.uint32(8))) * _ULP
+                draws[i] = uniform_of(key, start + i)
         bottom, top = half - reach, half + reach
         for i in range(count):
             v = (values[i] - middle) * inverse + half

@@ -10,6 +10,7 @@ import numpy as np
 
 from hpc_dl.compress.base import Floats
 from hpc_dl.compress.kernels.compile import Kernel
+from hpc_dl.compress.kernels.draw import hash_of
 from hpc_dl.compress.random import hashed
 
 LANES = 16
@@ -33,14 +34,8 @@ def _orthonormalise(rows: Any, key: int) -> None:
             if attempt:
                 seed = np.uint32(key) + np.uint32(_TRIES * j + attempt)
                 for i in range(size):
-                    h = np.uint32(np.uint32(i) * np.uint32(0x9E3779B9)) + seed
-                    h = np.uint32(h)
-                    h ^= h >> np.uint32(16)
-                    h = np.uint32(h * np.uint32(0x45D9F3B))
-                    h ^= h >> np.uint32(16)
-                    h = np.uint32(h * np.uint32(0x45D9F3B))
-                    h ^= h >> np.uint32(16)
-                    row[i] = np.float32(np.int32(h >> np.uint32(8)) - np.int32(1 << 23))
+                    drawn = hash_of(seed, i) >> np.uint32(8)
+                    row[i] = np.float32(np.int32(drawn) - np.int32(1 << 23))
             good = True
             # Make it a unit vector; then twice subtract the directions before, and make it a
             # unit vector again (twice is enough: Giraud et al., 2005).

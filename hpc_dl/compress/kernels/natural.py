@@ -10,6 +10,7 @@ import numpy as np
 
 from hpc_dl.compress.base import Bytes, Floats
 from hpc_dl.compress.kernels.compile import Kernel
+from hpc_dl.compress.kernels.draw import hash_of
 from hpc_dl.compress.random import hashed
 
 #: Codes 1 to 127 stand for 2**-63 to 2**63, and 0 for zero.
@@ -22,7 +23,6 @@ _POWERS = np.ldexp(np.float32(1), np.arange(128) - 64).astype(np.float32)
 _POWERS[0] = 0
 _TABLE = np.concatenate([_POWERS, -_POWERS])
 
-_GOLDEN, _MIX = np.uint32(0x9E3779B9), np.uint32(0x45D9F3B)
 _ULP = np.float32(2.0**-24)
 _BLOCK = 1024
 _MAGNITUDE = np.uint32(0x7FFFFFFF)
@@ -41,10 +41,7 @@ def _encode(x: Any, left: Any, keep: bool, key: Any, codes: Any) -> None:
             for i in range(count):
                 values[i] = values[i] + added[i]
         for i in range(count):
-            h = np.uint32(np.uint32(np.uint32(start) + np.uint32(i)) * _GOLDEN + key)
-            h = np.uint32(np.uint32(h ^ (h >> np.uint32(16))) * _MIX)
-            h = np.uint32(np.uint32(h ^ (h >> np.uint32(16))) * _MIX)
-            draws[i] = np.uint32(np.uint32(h ^ (h >> np.uint32(16))) >> np.uint32(8))
+            draws[i] = hash_of(key, start + i) >> np.uint32(8)
         for i in range(count):
             tiny[i] = np.float32(np.int32(draws[i])) * _ULP < abs(values[i]) * _INVERSE
         words, coded = values.view(np.uint32), codes[start : start + count]

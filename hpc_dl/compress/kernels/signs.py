@@ -9,7 +9,9 @@ import numpy as np
 
 from hpc_dl.compress.base import Bytes, Floats
 from hpc_dl.compress.kernels.compile import Kernel
+from hpc_dl.compress.kernels.draw import hash_of
 from hpc_dl.compress.kernels.lanes import LANES, total
+from hpc_dl.compress.random import hashed
 
 #: Values that share a scale.
 BLOCK = 1024
@@ -71,6 +73,33 @@ def _encode_reference(x: Floats, left: Floats, scales: Floats, bits: Bytes) -> N
         np.subtract(block, np.where(negative, -scale, scale), out=block)
 
 
+def _pack(x: Any, key: Any, bits: Any) -> None:
+    for byte in range(len(x) // 8):
+        negative, zero = np.uint8(0), np.uint8(0)
+        for bit in range(8):
+            y = x[byte * 8 + bit]
+            negative |= np.uint8(y < 0) << np.uint8(bit)
+            zero |= np.uint8(y == 0) << np.uint8(bit)
+        bits[byte] = negative | (zero & np.uint8(hash_of(key, byte) >> np.uint32(24)))
+    if len(x) % 8:
+        byte = len(x) // 8
+        drawn = hash_of(key, byte) >> np.uint32(24)
+        word = np.uint32(0)
+        for i in range(byte * 8, len(x)):
+            flag = np.uint32(1) << np.uint32(i % 8)
+            if x[i] < 0:
+                word |= flag
+            elif x[i] == 0:
+                word |= drawn & flag
+        bits[byte] = word
+
+
+def _pack_reference(x: Floats, key: int, bits: Bytes) -> None:
+    drawn = hashed(key, np.arange(len(bits), dtype=np.uint32)) >> np.uint32(24)
+    zero = np.packbits(x == 0, bitorder="little") & drawn.astype(np.uint8)
+    bits[:] = np.packbits(x < 0, bitorder="little") | zero
+
+
 def _decode(scales: Any, bits: Any, out: Any, add: bool) -> None:
     size = len(out)
     for number in range(len(scales)):
@@ -100,5 +129,7 @@ def _decode_reference(scales: Floats, bits: Bytes, out: Floats, add: bool) -> No
 
 #: (x, left, scales, bits): encode ``x + left``; ``left`` becomes the residual.
 encode = Kernel(_encode, _encode_reference)
+#: (x, key, bits): pack the signs alone; that of a zero is drawn, one byte for eight values.
+pack = Kernel(_pack, _pack_reference)
 #: (scales, bits, out, add): write or add the decoded values.
 decode = Kernel(_decode, _decode_reference)

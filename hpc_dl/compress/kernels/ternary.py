@@ -9,14 +9,13 @@ import numpy as np
 
 from hpc_dl.compress.base import Array, Floats
 from hpc_dl.compress.kernels.compile import Kernel
+from hpc_dl.compress.kernels.draw import uniform_of
 from hpc_dl.compress.random import uniform
 
 #: Values whose lanes are packed together: a word holds values that are ``part`` apart.
 BLOCK = 1024
 LANES = 8
 
-_GOLDEN, _MIX = np.uint32(0x9E3779B9), np.uint32(0x45D9F3B)
-_ULP = np.float32(2.0**-24)
 #: The inverse of a smaller scale may overflow; it stands for zero.
 _TINY = np.float32(1e-37)
 _ONE, _NOTHING = np.float32(1), np.float32(0)
@@ -62,13 +61,8 @@ def _encode(
     for start in range(0, size, BLOCK):
         count = min(BLOCK, size - start)
         values = x[start : start + count]
-        base = np.uint32(first + start)
         for i in range(count):
-            h = np.uint32(np.uint32(base + np.uint32(i)) * _GOLDEN + key)
-            h = np.uint32(np.uint32(h ^ (h >> np.uint32(16))) * _MIX)
-            h = np.uint32(np.uint32(h ^ (h >> np.uint32(16))) * _MIX)
-            h = np.uint32(h ^ (h >> np.uint32(16)))
-            draws[i] = np.float32(np.int32(h >> np.uint32(8))) * _ULP
+            draws[i] = uniform_of(key, first + start + i)
         for i in range(count):
             v = values[i] * inverse
             coded[i] = np.uint8(1) + np.uint8(draws[i] < v) - np.uint8(draws[i] < -v)

@@ -44,8 +44,11 @@ class MetricAverageCallback(ModelCallback):
     """Average all metrics over the ranks at the end of each epoch.
 
     Put it in front of callbacks that act on metrics (ReduceLROnPlateau, EarlyStopping,
-    TensorBoard): with averages all ranks act alike.
+    TensorBoard): with averages all ranks act alike. It also tells the guard of compression the
+    loss of each batch.
     """
+
+    _reported = (0, 0.0)
 
     def __init__(self, device: str = ""):
         """Make the callback.
@@ -54,6 +57,15 @@ class MetricAverageCallback(ModelCallback):
             device: accepted for Horovod's sake.
         """
         super().__init__()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Report the loss of this rank; what Keras has is the mean of the epoch so far."""
+        report = getattr(self.model.optimizer, "report_loss", None)
+        if report is not None and logs and "loss" in logs:
+            before, mean_before = self._reported if batch else (0, 0.0)
+            count, mean = batch + 1, float(logs["loss"])
+            report((count * mean - before * mean_before) / (count - before))
+            self._reported = count, mean
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Replace the metrics in ``logs`` by their averages."""

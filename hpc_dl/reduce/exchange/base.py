@@ -26,6 +26,19 @@ class Health(NamedTuple):
     """1 where the gradient was not finite, which leaves all others 0."""
 
 
+class Kept(NamedTuple):
+    """What a rank keeps between steps: copies to be changed, kept only if the step counts."""
+
+    left: Floats | None
+    """What was not sent; None without error feedback, or where nothing is owed."""
+    server: Floats | None
+    """What was not sent of the sums of this rank's shard, where it sums one."""
+    velocity: Floats | None
+    """The momentum that is taken before compression."""
+    state: State
+    """The compressor's."""
+
+
 class Exchange(ABC):
     """Averages one bucket over the ranks, compressed, step after step."""
 
@@ -60,9 +73,10 @@ class Exchange(ABC):
     ) -> int:
         """Replace a gradient by the average over the ranks, or what stands for it.
 
-        Where the gradient of any rank is not finite, what comes out is not finite either, on
-        all ranks. That rank's residual stays as it was; the other ranks' may take up what they
-        have sent in vain.
+        Where the gradient of any rank is not finite, or the sum is not, NaN comes out on all
+        ranks, and the step leaves no trace on any: what is left, momentum and the compressor's
+        state are as before. All gradients of that step are dropped, as they are where an
+        optimizer skips a step without compression.
 
         Args:
             bucket: flat, float32.
@@ -81,63 +95,81 @@ class Exchange(ABC):
 
     def _run(self, bucket: Floats, number: int, watch: bool, wire: np.dtype[Any] | None) -> int:
         finite, warming = self.memory.is_finite(bucket), number < self.scheme.warmup
+        dense = warming or wire is not None
+        kept = self._begin(not dense or self._owes)
         if finite:
-            self._prepare(bucket, warming)
-        if warming or wire is not None:
-            sent = self._send_all(bucket, None if warming else wire)
+            self._prepare(bucket, kept, warming)
+        if dense:
+            sent = self._send_all(bucket, kept, None if warming else wire)
+            counts = self.memory.is_finite(bucket)
         else:
-            sent = self._compress(bucket, number, finite, watch)
-        if self.shared is not None:
+            sent, counts = self._compress(bucket, kept, number, finite, watch)
+        if not counts:
+            bucket[:] = np.nan
+        # What comes out there would be taken for a gradient in the next step.
+        bucket[self._gap_places] = 0
+        if counts:
+            self._keep(kept)
+            self._owes = not dense
             self._remember(bucket, warming)
         if self.factor != 1:
             bucket *= self.factor
         return sent
 
-    def _send_all(self, bucket: Floats, wire: np.dtype[Any] | None) -> int:
-        before = self.arrays() if self._owes else {}
-        self.flush(bucket)
+    def _begin(self, owes: bool) -> Kept:
+        """Lend what is kept; without the residuals where nothing is owed."""
+        return Kept(
+            self.residual.load() if owes and self.residual is not None else None,
+            None,
+            None if self.momentum is None else self.memory.copy(self.momentum),
+            {key: value.copy() for key, value in self.state.items()},
+        )
+
+    def _keep(self, kept: Kept) -> None:
+        """Let a step count."""
+        if self.residual is not None and kept.left is not None:
+            self.residual.store(kept.left)
+        self.momentum, self.state = kept.velocity, kept.state
+
+    def _send_all(self, bucket: Floats, kept: Kept, wire: np.dtype[Any] | None) -> int:
+        self._pay(bucket, kept)
         sent = bucket if wire is None else self.memory.narrow(bucket, wire)
         self.memory.allreduce(self.comm, sent, Op.AVERAGE)
         if sent is not bucket:
             self.memory.widen(sent, bucket)
-        if before and not self.memory.is_finite(bucket):  # on any rank: nobody takes this step
-            self._take_up(before)
         return bytes_of_allreduce(sent.nbytes, self.comm.size)
 
-    def _compress(self, bucket: Floats, number: int, finite: bool, watch: bool) -> int:
+    def _compress(
+        self, bucket: Floats, kept: Kept, number: int, finite: bool, watch: bool
+    ) -> tuple[int, bool]:
         step = Step(number, self.comm.rank, self.comm.size, self.seed)
-        left = None if self.residual is None else self.residual.load()
-        whole = None
+        left, whole = kept.left, None
         if watch and finite:
             gradient = self.memory.dot(bucket, bucket)
             whole = self.memory.copy(bucket) if left is None else bucket + left
-        self._owes = True
-        sent = self._average(bucket, left, step, finite)
-        # What comes out there would be taken for a gradient in the next step.
-        bucket[self._gap_places] = 0
+        result = self._average(bucket, kept, step, finite)
         if left is not None:
             left[self._gap_places] = 0
-        if self.residual is not None and left is not None and finite:
-            self.residual.store(left)
         if watch:
             nothing = Health(0, 0, 0, 0, 0, 1)
-            self.health = nothing if whole is None else self._measure(gradient, whole, left)
-        return sent
+            self.health = nothing if whole is None else self._measure(gradient, whole, left, step)
+        return result
 
-    def _prepare(self, bucket: Floats, warming: bool) -> None:
+    def _prepare(self, bucket: Floats, kept: Kept, warming: bool) -> None:
         """Let the compressor change a gradient, and take momentum."""
         self.scheme.compressor.prepare(bucket, self.comm.size)
-        if self.momentum is not None:
-            self.momentum *= np.float32(self.scheme.momentum)
-            self.momentum += bucket
-            bucket[:] = self.momentum
+        if kept.velocity is not None:
+            velocity = kept.velocity
+            velocity *= np.float32(self.scheme.momentum)
+            velocity += bucket
+            bucket[:] = velocity
         if self.shared is not None and not warming:
             bucket *= np.float32(1 - self.scheme.shared_momentum)
             bucket += self.shared * np.float32(self.scheme.shared_momentum)
 
     def _remember(self, average: Floats, warming: bool) -> None:
-        """Keep the momentum that all ranks share; a step that is not finite leaves no trace."""
-        if self.shared is None or not self.memory.is_finite(average):
+        """Keep the momentum that all ranks share."""
+        if self.shared is None:
             return
         if warming:
             beta = np.float32(self.scheme.shared_momentum)
@@ -149,24 +181,42 @@ class Exchange(ABC):
     def flush(self, bucket: Floats) -> None:
         """Add to a gradient what was left of the steps before, and forget it."""
         with self.memory.working():
+            kept = self._begin(owes=True)
+            self._pay(bucket, kept)
+            self._keep(kept)
             self._owes = False
-            if self.residual is not None:
-                bucket += self.residual.take()
 
-    def _measure(self, gradient: float, whole: Floats, left: Floats | None) -> Health:
-        dot = self.memory.dot
-        squared = dot(whole, whole)
-        if left is None:  # Nothing says what was sent: nothing is held against it.
-            return Health(gradient, squared, squared, squared, 0, 0)
-        sent = whole - left
-        return Health(gradient, squared, dot(whole, sent), dot(sent, sent), dot(left, left), 0)
+    def _pay(self, bucket: Floats, kept: Kept) -> None:
+        """Add to a gradient all that is owed, so that nothing is left."""
+        if kept.left is not None:
+            bucket += kept.left
+            kept.left[:] = 0
+
+    def _measure(self, gradient: float, whole: Floats, left: Floats | None, step: Step) -> Health:
+        dot, rest = self.memory.dot, 0.0
+        if left is None:
+            sent = self._own(whole, step)
+            sent[self._gap_places] = 0
+        else:
+            sent, rest = whole - left, dot(left, left)
+        return Health(gradient, dot(whole, whole), dot(whole, sent), dot(sent, sent), rest, 0)
 
     @abstractmethod
-    def _average(self, bucket: Floats, left: Floats | None, step: Step, finite: bool) -> int:
-        """Average a bucket; ``left`` becomes what was not sent; return the bytes sent.
+    def _average(self, bucket: Floats, kept: Kept, step: Step, finite: bool) -> tuple[int, bool]:
+        """Average a bucket, and put what was not sent into ``kept``.
 
-        Where not ``finite``, ``bucket`` holds NaN or infinity, and ``left`` stays.
+        Args:
+            finite: else ``bucket`` holds NaN or infinity.
+
+        Returns:
+            The bytes sent, and whether the step counts, which is the same on all ranks: not if
+            the gradient of any is not finite, or anything that comes out. Then it makes no
+            difference what is in ``bucket`` and ``kept``.
         """
+
+    @abstractmethod
+    def _own(self, whole: Floats, step: Step) -> Floats:
+        """Return what of a gradient is sent, where no error feedback tells, decoded."""
 
     def arrays(self) -> dict[str, Array]:
         """Return what must be saved: flat arrays over the unit, and the compressor's state."""
@@ -189,20 +239,16 @@ class Exchange(ABC):
             self._load(saved)
 
     def _load(self, saved: dict[str, Array]) -> None:
+        self._owes = True
         for key, value in saved.items():
             if key.startswith("state."):
                 self.state[key.removeprefix("state.")] = np.array(value)
-        self._take_up(saved)
+        if self.residual is not None and "residual" in saved:
+            self.residual.store(self.memory.from_host(saved["residual"].astype(np.float32)))
         if self.momentum is not None and "momentum" in saved:
             self.momentum[:] = self.memory.from_host(saved["momentum"])
         if self.shared is not None and "shared" in saved:
             self.shared[:] = self.memory.from_host(saved["shared"])
-
-    def _take_up(self, saved: dict[str, Array]) -> None:
-        """Owe again what was saved."""
-        self._owes = True
-        if self.residual is not None and "residual" in saved:
-            self.residual.store(self.memory.from_host(saved["residual"].astype(np.float32)))
 
 
 def _gaps(unit: Unit) -> Array:

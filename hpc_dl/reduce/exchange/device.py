@@ -14,9 +14,18 @@ import torch
 
 from hpc_dl.arrays import host_view, torch_view
 from hpc_dl.comm import Communicator, Op
-from hpc_dl.compress import Array, Codec, Floats, Scheme, Sparse, Sparsifier, Step, Unit
-from hpc_dl.compress.casts import Cast
-from hpc_dl.compress.device import Piece, casts, codec_of, select_of
+from hpc_dl.compress import (
+    Array,
+    Codec,
+    Floats,
+    Scheme,
+    Sparse,
+    Sparsifier,
+    State,
+    Step,
+    Unit,
+)
+from hpc_dl.compress.device import Piece, codec_of, rounds_of, select_of
 from hpc_dl.compress.device.residual import make_residual
 from hpc_dl.compress.device.select import largest
 from hpc_dl.compress.residual import Residual
@@ -150,15 +159,13 @@ class DeviceTwoPhase(TwoPhase):
             left[lo:hi] = own
 
     def _decode_shards(self, payloads: list[Array], bucket: Any) -> None:
-        pairs = list(zip(self._shares, payloads, strict=True))
-        sizes = [b - a for (a, b), payload in pairs if len(payload)]
-        if sum(sizes) == len(bucket):
-            there = [payload for payload in payloads if len(payload)]
-            self._kernels.decode(there, sizes, bucket, add=False)
-            return
-        for (a, b), payload in pairs:  # some are not finite
-            if len(payload):
-                self._kernels.decode([payload], [b - a], bucket[a:b], add=False)
+        there = [
+            (payload, b - a)
+            for (a, b), payload in zip(self._shares, payloads, strict=True)
+            if b > a
+        ]
+        payloads, sizes = [payload for payload, _ in there], [size for _, size in there]
+        self._kernels.decode(payloads, sizes, bucket, add=False)
 
     def _encode(self, x: Any, left: Any, key: int) -> Array:
         return self._kernels.encode(x, left, [Piece(0, len(x), key)])[0]
@@ -176,33 +183,27 @@ class DeviceGather(Gather):
         self._from_device = found
         super().__init__(*args)
 
-    def _select(self, bucket: Any, left: Any, step: Step) -> Sparse:
+    def _select(self, bucket: Any, left: Any, state: State, step: Step) -> Sparse:
         return self._from_device(bucket, left, step)
 
     def _largest(self, mine: Any, server: Any, count: int, step: Step) -> Sparse:
         return largest(mine, server, count, False, step)
 
     def _add(self, part: Array, out: Any) -> None:
-        self._add_entries(unpack(part), out)
-
-    def _add_entries(self, entries: Sparse, out: Any) -> None:
-        """Add entries, no two of which are at one place."""
+        entries = unpack(part)  # no two of them at one place
         out[self.memory.from_host(entries.indices)] += self.memory.from_host(entries.values)
 
     def _restore(self, total: Any, out: Any) -> None:
         out.copy_(total)
 
-    def _give_back(self, chosen: Sparse, left: Any) -> None:
-        self._add_entries(chosen, left)
-
 
 class DeviceRounds(Rounds):
-    """Casts."""
+    """Makes buffers on the device; what the compressor remembers is on the host."""
 
-    def _rounds(self, x: Any, out: Any, left: Any, step: Step) -> Any:
-        compressor = self.scheme.compressor
-        assert isinstance(compressor, Cast)
-        return casts.rounds(x, out, left, _torch_type(compressor.wire_dtype))
+    def _rounds(self, x: Any, out: Any, left: Any, state: State, step: Step) -> Any:
+        found = rounds_of(self.scheme.compressor)
+        assert found is not None
+        return found(x, out, left, state, self.unit, step)
 
 
 def make_device_exchange(

@@ -6,15 +6,17 @@ selection to all, with a residual of its own (after Li and Hoefler, "Near-optima
 allreduce", PPoPP 2022).
 """
 
+import functools
 from typing import Any, cast
 
 import numpy as np
 
 from hpc_dl.comm import Op
-from hpc_dl.compress import Array, Floats, Sparse, Sparsifier, Step
+from hpc_dl.compress import Array, Floats, Sparse, Sparsifier, State, Step
 from hpc_dl.compress.kernels.topk import scatter_add
 from hpc_dl.compress.topk import largest
-from hpc_dl.reduce.exchange.sharded import NOT_FINITE, Sharded
+from hpc_dl.reduce.exchange.base import Kept
+from hpc_dl.reduce.exchange.sharded import NOTHING, Sharded
 
 #: Ranks times density above which gathering costs more than a float16 all-reduce.
 DENSE_ABOVE = 0.5
@@ -42,32 +44,45 @@ class Gather(Sharded):
         super().__init__(*args, **options)
         self._sparsifier = cast(Sparsifier, self.scheme.compressor)
         self._divide()
-        self._owes_of_sums = True  # what is loaded may be of a run that summed here
-
-    def _average(self, bucket: Floats, left: Floats | None, step: Step, finite: bool) -> int:
-        chosen = self._select(bucket, left, step) if finite else None
-        bucket[:] = 0
-        if self.comm.size * self._density(chosen, step) > DENSE_ABOVE:
-            sent, complete = self._two_phase(bucket, chosen, step)
-            self._owes_of_sums = True
-        else:
-            sent, complete = self._gather(bucket, chosen)
-            self._settle(left)
-        if complete and self.memory.is_finite(bucket):
-            self._restore(self.memory.copy(bucket), bucket)
-            if self.momentum is not None and chosen is not None:
-                self.momentum[self.memory.from_host(chosen.indices)] = 0
-        else:
-            bucket[:] = np.nan
-            if chosen is not None and left is not None:
-                self._give_back(chosen, left)
-        return sent
-
-    def _settle(self, left: Floats | None) -> None:
-        """Take over what is owed of sums: entries that are gathered are not summed here."""
-        if self._owes_of_sums and left is not None and self._server is not None:
-            self._repay(left, self._server.take() * np.float32(self.comm.size))
         self._owes_of_sums = False
+
+    def _average(self, bucket: Floats, kept: Kept, step: Step, finite: bool) -> tuple[int, bool]:
+        chosen = self._select(bucket, kept.left, kept.state, step) if finite else None
+        total = self.memory.zeros(len(bucket))
+        summed = self.comm.size * self._density(chosen, step) > DENSE_ABOVE
+        if summed:
+            sent, complete = self._two_phase(total, kept, chosen, step)
+        else:
+            sent, complete = self._gather(total, chosen)
+        if not complete:
+            return sent, False
+        self._restore(total, bucket)
+        if not self.memory.is_finite(bucket):
+            return sent, False
+        if not summed:
+            self._settle(kept)
+        self._owes_of_sums = summed
+        if kept.velocity is not None and chosen is not None:
+            kept.velocity[self.memory.from_host(chosen.indices)] = 0
+        return sent, True
+
+    def _own(self, whole: Floats, step: Step) -> Floats:
+        state = {key: value.copy() for key, value in self.state.items()}
+        out: Floats = self.memory.zeros(len(whole))
+        total = self.memory.zeros(len(whole))
+        self._add(pack(self._select(whole, None, state, step)), total)
+        self._restore(total, out)
+        return out
+
+    def _settle(self, kept: Kept) -> None:
+        """Take over what is owed of sums: entries that are gathered are not summed here."""
+        if self._owes_of_sums and kept.left is not None and kept.server is not None:
+            self._repay(kept.left, kept.server * np.float32(self.comm.size))
+            kept.server[:] = 0
+
+    def _load(self, saved: dict[str, Array]) -> None:
+        super()._load(saved)
+        self._owes_of_sums = True  # perhaps: of a run that summed here
 
     def _repay(self, bucket: Floats, owed: Floats) -> None:
         """Add what is owed; like what is selected, it may be coefficients."""
@@ -76,16 +91,13 @@ class Gather(Sharded):
         self._restore(total, gradient)
         bucket += gradient
 
-    def _select(self, bucket: Floats, left: Floats | None, step: Step) -> Sparse:
+    def _select(self, bucket: Floats, left: Floats | None, state: State, step: Step) -> Sparse:
         if left is None:
-            return self._sparsifier.select(bucket, self.state, self.unit, step)
-        return self._sparsifier.select_with_residual(bucket, left, self.state, self.unit, step)
+            return self._sparsifier.select(bucket, state, self.unit, step)
+        return self._sparsifier.select_with_residual(bucket, left, state, self.unit, step)
 
     def _restore(self, total: Floats, out: Floats) -> None:
         self._sparsifier.restore(total, out, self.unit)
-
-    def _give_back(self, chosen: Sparse, left: Floats) -> None:
-        self._sparsifier.give_back(chosen, left, self.unit)
 
     def _add(self, part: Array, out: Floats) -> None:
         scatter_add(*unpack(part), out)
@@ -101,37 +113,42 @@ class Gather(Sharded):
         self.comm.allreduce(count, Op.SUM)
         return float(count[0]) / (self.comm.size * self.unit.size)
 
-    def _gather(self, bucket: Floats, chosen: Sparse | None) -> tuple[int, bool]:
-        """Sum the selections of all ranks; return bytes sent, and whether all were finite."""
-        payload = NOT_FINITE if chosen is None else pack(chosen)
+    def _gather(self, total: Floats, chosen: Sparse | None) -> tuple[int, bool]:
+        """Average the selections of all ranks; return bytes sent, and whether all were finite."""
+        payload = NOTHING if chosen is None else pack(chosen)
         everyone = self.comm.allgather(payload)
-        for part in everyone:
-            if len(part):
-                self._add(part, bucket)
-        bucket *= np.float32(1 / self.comm.size)
-        return (self.comm.size - 1) * len(payload), all(len(part) for part in everyone)
+        complete = all(len(part) for part in everyone)
+        if complete:
+            for part in everyone:
+                self._add(part, total)
+            total *= np.float32(1 / self.comm.size)
+        return (self.comm.size - 1) * len(payload), complete
 
-    def _two_phase(self, bucket: Floats, chosen: Sparse | None, step: Step) -> tuple[int, bool]:
-        parts = self._split(chosen)
-        received = self.comm.alltoall(parts)
-        mine = bucket[self._lo : self._hi]
+    def _two_phase(
+        self, total: Floats, kept: Kept, chosen: Sparse | None, step: Step
+    ) -> tuple[int, bool]:
+        add_up = functools.partial(self._sum, total[self._lo : self._hi], kept.server, step)
+        sums, sent, complete = self._in_two_phases(self._split(chosen), chosen is not None, add_up)
+        if complete:
+            for (lo, hi), part in zip(self._shares, sums, strict=True):
+                if hi > lo:
+                    self._add(part, total[lo:hi])
+        return sent, complete
+
+    def _sum(self, mine: Floats, server: Floats | None, step: Step, received: list[Array]) -> Array:
+        """Average the entries of this rank's shard, and select of them; ``mine`` stays zero."""
         for part in received:
-            if len(part):
-                self._add(part, mine)
+            self._add(part, mine)
         mine *= np.float32(1 / self.comm.size)
-        complete = all(len(part) for part in received) and self.memory.is_finite(mine)
-        reply = pack(self._select_again(mine, step)) if complete else NOT_FINITE
-        everyone = self.comm.allgather(reply)
+        if not self.memory.is_finite(mine):
+            return NOTHING
+        reply = pack(self._select_again(mine, server, step))
         mine[:] = 0
-        for (lo, hi), part in zip(self._shares, everyone, strict=True):
-            if len(part):
-                self._add(part, bucket[lo:hi])
-        sent = sum(len(part) for rank, part in enumerate(parts) if rank != step.rank)
-        return sent + (self.comm.size - 1) * len(reply), all(len(part) for part in everyone)
+        return reply
 
     def _split(self, chosen: Sparse | None) -> list[Array]:
         if chosen is None:
-            return [NOT_FINITE] * self.comm.size
+            return [NOTHING] * self.comm.size
         parts = []
         for lo, hi in self._shares:
             a, b = np.searchsorted(chosen.indices, [lo, hi])
@@ -139,11 +156,8 @@ class Gather(Sharded):
             parts.append(pack(Sparse(indices, chosen.values[a:b])))
         return parts
 
-    def _select_again(self, mine: Floats, step: Step) -> Sparse:
+    def _select_again(self, mine: Floats, server: Floats | None, step: Step) -> Sparse:
         """Select of a summed shard as many entries as one rank sent for it, about."""
-        if len(mine) == 0:
-            return Sparse(np.empty(0, np.int32), np.empty(0, np.float32))
         density = self._sparsifier.density(self.unit, step) if self._sparsifier.fixed else 1.0
         count = min(len(mine), max(1, round(len(mine) * density)))
-        with self._owed() as server:
-            return self._largest(mine, server, count, step)
+        return self._largest(mine, server, count, step)

@@ -1,17 +1,16 @@
 """Exchanges in which each rank sums one shard of the bucket, and may owe some of that sum."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 
 from hpc_dl.comm.kernels import share
 from hpc_dl.compress import Array, Floats
 from hpc_dl.compress.residual import Residual
-from hpc_dl.reduce.exchange.base import Exchange
+from hpc_dl.reduce.exchange.base import Exchange, Kept
 
-#: What a rank sends for values that are not finite: no bytes at all.
-NOT_FINITE = np.empty(0, np.uint8)
+#: What a rank sends where it has nothing, or what is not finite: no bytes at all.
+NOTHING = np.empty(0, np.uint8)
 
 
 class Sharded(Exchange):
@@ -28,22 +27,46 @@ class Sharded(Exchange):
         here = (self._lo <= self._gaps) & (self._gaps < self._hi)
         self._gaps_here = self.memory.from_host(self._gaps[here] - self._lo)
 
-    @contextmanager
-    def _owed(self) -> Iterator[Floats | None]:
-        """Lend what of the sums was not sent yet, to be changed in place."""
-        values = None if self._server is None else self._server.load()
-        yield values
-        if values is not None:
-            values[self._gaps_here] = 0
-        if self._server is not None and values is not None:
-            self._server.store(values)
+    def _in_two_phases(
+        self, parts: list[Array], finite: bool, add_up: Callable[[list[Array]], Array]
+    ) -> tuple[list[Array], int, bool]:
+        """Send each rank its part, and all ranks what ``add_up`` makes of those that come here.
 
-    def flush(self, bucket: Floats) -> None:
+        Args:
+            parts: by rank; this rank's own may be ``NOTHING``. Where not ``finite``, all are.
+            add_up: is called if no other rank has sent ``NOTHING``; returns ``NOTHING`` for a
+                sum that is not finite.
+
+        Returns:
+            The sums by rank, the bytes sent, and whether all sums are there.
+        """
+        rank = self.comm.rank
+        received = self.comm.alltoall(parts)
+        there = all(len(part) for other, part in enumerate(received) if other != rank)
+        reply = add_up(received) if finite and there and self._hi > self._lo else NOTHING
+        sums = self.comm.allgather(reply)
+        sent = sum(len(part) for other, part in enumerate(parts) if other != rank)
+        complete = all(len(part) for (a, b), part in zip(self._shares, sums, strict=True) if b > a)
+        return sums, sent + (self.comm.size - 1) * len(reply), complete
+
+    def _begin(self, owes: bool) -> Kept:
+        kept = super()._begin(owes)
+        if not owes or self._server is None:
+            return kept
+        return kept._replace(server=self._server.load())
+
+    def _keep(self, kept: Kept) -> None:
+        super()._keep(kept)
+        if self._server is not None and kept.server is not None:
+            kept.server[self._gaps_here] = 0
+            self._server.store(kept.server)
+
+    def _pay(self, bucket: Floats, kept: Kept) -> None:
         """Add both residuals; this rank's part of the average counts for all."""
-        super().flush(bucket)
-        with self.memory.working():
-            if self._server is not None:
-                self._repay(bucket, self._server.take() * np.float32(self.comm.size))
+        super()._pay(bucket, kept)
+        if kept.server is not None:
+            self._repay(bucket, kept.server * np.float32(self.comm.size))
+            kept.server[:] = 0
 
     def _repay(self, bucket: Floats, owed: Floats) -> None:
         """Add to a gradient what is owed to this rank's shard."""
@@ -58,8 +81,8 @@ class Sharded(Exchange):
             saved["server"] = whole
         return saved
 
-    def _take_up(self, saved: dict[str, Array]) -> None:
-        super()._take_up(saved)
+    def _load(self, saved: dict[str, Array]) -> None:
+        super()._load(saved)
         if self._server is not None and "server" in saved:
             mine = saved["server"][self._lo : self._hi].astype(np.float32)
             self._server.store(self.memory.from_host(mine))

@@ -5,13 +5,15 @@ are. The sum is encoded too, so the summing rank keeps a residual of its own (Ta
 "DoubleSqueeze", ICML 2019). A shard that is not finite is sent as no bytes at all.
 """
 
+import functools
 from typing import Any, cast
 
 import numpy as np
 
 from hpc_dl.compress import Array, Codec, Floats, Step
 from hpc_dl.compress.random import key_of
-from hpc_dl.reduce.exchange.sharded import NOT_FINITE, Sharded
+from hpc_dl.reduce.exchange.base import Kept
+from hpc_dl.reduce.exchange.sharded import NOTHING, Sharded
 
 
 class TwoPhase(Sharded):
@@ -22,25 +24,24 @@ class TwoPhase(Sharded):
         self._codec = cast(Codec, self.scheme.compressor)
         self._divide(self._codec.align)
 
-    def _average(self, bucket: Floats, left: Floats | None, step: Step, finite: bool) -> int:
-        lo, hi = self._lo, self._hi
-        parts = [NOT_FINITE] * len(self._shares)
+    def _average(self, bucket: Floats, kept: Kept, step: Step, finite: bool) -> tuple[int, bool]:
+        parts = [NOTHING] * len(self._shares)
         if finite:
-            self._encode_shards(bucket, left, step, parts)
-        received = self.comm.alltoall(parts)
-        mine = bucket[lo:hi]
-        if hi > lo:
-            reply = self._sum(mine, None if left is None else left[lo:hi], received, step, finite)
-        else:
-            reply = NOT_FINITE
-        replies = self.comm.allgather(reply)
-        self._decode_shards(replies, bucket)
-        for (a, b), payload, part in zip(self._shares, replies, parts, strict=True):
-            if len(payload) == 0:
-                bucket[a:b] = np.nan
-                if left is not None and len(part):
-                    self._decode_add(part, left[a:b])
-        return sum(len(part) for part in parts) + (self.comm.size - 1) * len(reply)
+            self._encode_shards(bucket, kept.left, step, parts)
+        add_up = functools.partial(self._sum, bucket, kept, step)
+        sums, sent, complete = self._in_two_phases(parts, finite, add_up)
+        if complete:
+            self._decode_shards(sums, bucket)
+        return sent, complete
+
+    def _own(self, whole: Floats, step: Step) -> Floats:
+        out: Floats = self.memory.zeros(len(whole))
+        parts = [
+            self._encode(whole[a:b], None, self._key(step, owner)) if b > a else NOTHING
+            for owner, (a, b) in enumerate(self._shares)
+        ]
+        self._decode_shards(parts, out)
+        return out
 
     def _encode_shards(
         self, bucket: Floats, left: Floats | None, step: Step, parts: list[Array]
@@ -52,9 +53,9 @@ class TwoPhase(Sharded):
                 parts[owner] = self._encode(bucket[a:b], rest, self._key(step, owner))
 
     def _decode_shards(self, payloads: list[Array], bucket: Floats) -> None:
-        """Write the sums that came; those without bytes stay as they are."""
+        """Write the sums that came."""
         for (a, b), payload in zip(self._shares, payloads, strict=True):
-            if len(payload):
+            if b > a:
                 self._codec.decode(payload, bucket[a:b])
 
     def _decode_add(self, payload: Array, out: Floats) -> None:
@@ -68,13 +69,10 @@ class TwoPhase(Sharded):
             return self._codec.encode(x, key)
         return self._codec.encode_with_residual(x, left, key)
 
-    def _sum(
-        self, mine: Floats, left: Floats | None, received: list[Array], step: Step, finite: bool
-    ) -> Array:
+    def _sum(self, bucket: Floats, kept: Kept, step: Step, received: list[Array]) -> Array:
         """Average the shards that came in with this rank's own, encoded only for a vote."""
-        others = [part for rank, part in enumerate(received) if rank != step.rank]
-        if not finite or any(len(part) == 0 for part in others):
-            return NOT_FINITE
+        mine = bucket[self._lo : self._hi]
+        left = None if kept.left is None else kept.left[self._lo : self._hi]
         if self._codec.votes:
             own = self._encode(mine, left, self._key(step, step.rank))
             mine[:] = 0
@@ -82,10 +80,13 @@ class TwoPhase(Sharded):
         elif left is not None:
             mine += left
             left[:] = 0
-        for part in others:
-            self._decode_add(part, mine)
+        for rank, part in enumerate(received):
+            if rank != step.rank:
+                self._decode_add(part, mine)
         mine *= np.float32(1 / step.size)
         if not self.memory.is_finite(mine):  # Finite values have a sum that is not.
-            return NOT_FINITE
-        with self._owed() as server:
-            return self._encode(mine, server, self._key(step, step.size))
+            return NOTHING
+        reply = self._encode(mine, kept.server, self._key(step, step.size))
+        if kept.server is not None and not self.memory.is_finite(kept.server):
+            return NOTHING  # The sum is more than the codec can encode.
+        return reply

@@ -201,8 +201,12 @@ class Suite:
 
     @pytest.fixture
     def compression(self) -> Any:
-        """Return a spec string, a compressor or a scheme."""
-        raise NotImplementedError("define a fixture `compression` in your class of tests")
+        """Return a spec string, a compressor or a scheme; each class of tests has its own."""
+        pytest.fail(
+            f"{type(self).__name__} does not say what is to be tested; define a fixture "
+            "`compression` in it that returns a spec string, a compressor or a scheme",
+            pytrace=False,
+        )
 
     @pytest.fixture
     def claims(self) -> Claims:
