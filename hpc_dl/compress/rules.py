@@ -13,7 +13,7 @@ import numpy as np
 
 from hpc_dl.compress import registry
 from hpc_dl.compress.base import Compressor
-from hpc_dl.compress.casts import Cast
+from hpc_dl.compress.casts import Cast, NoCompression
 from hpc_dl.compress.scheme import Scheme, scheme_of
 from hpc_dl.errors import OptionError
 
@@ -22,6 +22,7 @@ MIN_BYTES = 64 << 10
 #: So do those of fewer dimensions.
 MIN_NDIM = 2
 
+_DENSE = Scheme(NoCompression())
 
 #: Option of ``Limits`` -> whether a number is allowed, and which are, in words.
 _ALLOWED: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -103,8 +104,9 @@ class Travel(NamedTuple):
 
 
 def _travel(scheme: Scheme, dtype: np.dtype[np.generic]) -> Travel:
-    plain = scheme.residual == "off" and not scheme.warmup and not scheme.shared_momentum
-    if scheme.name == "none" and not scheme.shared_momentum:
+    momentum = scheme.momentum or scheme.shared_momentum
+    plain = scheme.residual == "off" and not scheme.warmup and not momentum
+    if scheme.name == "none" and not momentum:
         return Travel(dtype, None)
     if plain and isinstance(scheme.compressor, Cast):
         return Travel(scheme.compressor.wire_dtype, None)
@@ -166,14 +168,19 @@ class Policy(NamedTuple):
     def travel(self, name: str, shape: Sequence[int], dtype: Any) -> Travel:
         """Say how a parameter's gradient travels.
 
-        Only real floating-point gradients are compressed, whatever the rules say.
+        Only real floating-point gradients are compressed, whatever the rules say. Where
+        momentum is taken before compression the optimizer has none, so the gradients that are
+        not compressed get it here, too (Lin et al., 2018, do the same).
         """
         dtype = np.dtype(dtype)
-        if _is_real(dtype):
-            for rule in self.rules:
-                if rule.matches(name, shape, dtype):
-                    return _travel(rule.scheme, dtype)
-        return Travel(dtype, None)
+        if not _is_real(dtype):
+            return Travel(dtype, None)
+        matching = (r.scheme for r in self.rules if r.matches(name, shape, dtype))
+        scheme = next(matching, _DENSE)
+        if not (scheme.momentum or scheme.compressor.owns_momentum):
+            momentum = next((r.scheme.momentum for r in self.rules if r.scheme.momentum), 0.0)
+            scheme = scheme._replace(momentum=momentum)
+        return _travel(scheme, dtype)
 
 
 def _is_real(dtype: Any) -> bool:

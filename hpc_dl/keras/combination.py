@@ -29,6 +29,7 @@ class Combination:
         self._watch: ReplicaWatch | None = None
         self._names: dict[str, None] = {}
         self._saved: Saved = {}
+        self._loss: float | None = None
 
     def combine(self, shared: Sequence[Gradient]) -> list[Any]:
         """Return the combined gradients, None where there was none."""
@@ -64,6 +65,8 @@ class Combination:
                 for g, m in zip(shared, momenta, strict=False)
             }
         self._reduction.reducers.load_compression_state(saved)
+        if self._loss is not None:
+            self._reduction.reducers.report_loss(self._loss)
 
     def traffic(self) -> Traffic:
         """Return steps, bytes sent and seconds waited so far."""
@@ -89,7 +92,7 @@ class Combination:
         Raises:
             OptionError: it is of other variables, now or in the first step.
         """
-        if self._options.process_set.size() == 1:
+        if not self._options.combines:
             warn_of_unused(saved)
         elif self._reduction is None:
             self._saved = saved
@@ -99,8 +102,9 @@ class Combination:
 
     def report_loss(self, loss: float) -> None:
         """Let the guard of compression see this rank's loss; it suspends on a jump."""
+        self._loss = float(loss)  # also for a reduction that is still to begin
         if self._reduction is not None:
-            self._reduction.reducers.report_loss(float(loss))
+            self._reduction.reducers.report_loss(self._loss)
 
 
 def names_of(variables: Sequence[Any]) -> list[str]:

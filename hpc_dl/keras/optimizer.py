@@ -121,7 +121,7 @@ class Distribution:
     def _combined(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
         names = names_of(variables)
         flat = [Gradient(*entry) for entry in zip(names, gradients, variables, strict=True)]
-        local, process_set = self._local, self._options.process_set
+        local = self._local
         results = {
             g.name: local.scaled(g.value) if g.source in local else g.value
             for g in flat
@@ -130,9 +130,11 @@ class Distribution:
         shared = [g for g in flat if g.source not in local]
         if isinstance(self._optimizer, SharedMomentum):
             self._check_dense(shared)
-        if shared and process_set.included() and process_set.size() > 1:
+        if shared and self._options.combines:
             reduced = as_written(self._combination.combine)(shared)
             results.update(zip([g.name for g in shared], reduced, strict=True))
+        elif isinstance(self._optimizer, SharedMomentum):
+            self._optimizer.receive_momentum([])  # there may have been other ranks before
         return [results.get(name) for name in names]
 
     # --- checks ---------------------------------------------------------------------

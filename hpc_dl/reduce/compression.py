@@ -1,6 +1,6 @@
 """The compressed buckets of one reducer: their exchanges, phases, guard and state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -11,12 +11,16 @@ from hpc_dl.comm import Communicator, Op
 from hpc_dl.compress import Array, Limits, Scheme, Segment, Unit
 from hpc_dl.errors import OptionError
 from hpc_dl.reduce.exchange import Exchange, make_exchange
+from hpc_dl.reduce.exchange.sharded import Sharded
 from hpc_dl.reduce.quality import Quality
 
 _LIMITS = Limits()
 
 #: State by parameter: ``saved[name]["residual"]`` is flat, of the parameter's size.
 Saved = dict[str, dict[str, Array]]
+
+#: Marks a state of all ranks together, of which each takes its part.
+RESHARDED = "resharded"
 
 #: Returns the number of the step under way: the optimizer's own, the same on all ranks.
 Clock = Callable[[], int]
@@ -57,6 +61,7 @@ class BucketCompression:
             exchange.factor = np.float32(scale * (comm.size if op is Op.SUM else 1))
         self._step = 0
         self._clock = clock
+        self._limits = limits
         self.quality = Quality(comm, limits)
 
     def covers(self, bucket: int) -> bool:
@@ -86,6 +91,21 @@ class BucketCompression:
         return sent
 
     @property
+    def schemes(self) -> dict[str, Scheme]:
+        """How each parameter that is averaged here is compressed."""
+        return {
+            segment.name: exchange.scheme
+            for exchange in self._exchanges.values()
+            for segment in exchange.unit.segments
+        }
+
+    def position(self) -> str:
+        """Say what must be the same on all ranks: the step, and what the guard has done."""
+        step = self._step if self._clock is None else self._clock()
+        until, suspensions, _ = self.quality.state().astype(np.int64).tolist()
+        return f"step {step}, suspended {suspensions} times, until step {until}"
+
+    @property
     def serves_joined(self) -> bool:
         """Whether a rank that has joined can take part: it has no steps of its own any more."""
         return self._clock is None
@@ -96,12 +116,19 @@ class BucketCompression:
 
     # --- state ----------------------------------------------------------------------
 
-    def state_dict(self) -> Saved:
-        """Return what is kept between steps, by parameter; copies."""
+    def state_dict(self, names: Collection[str] | None = None) -> Saved:
+        """Return what is kept between steps, by parameter; copies.
+
+        Args:
+            names: of the parameters; None: of all.
+        """
         saved: Saved = {}
         for exchange in self._exchanges.values():
+            wanted = [s for s in exchange.unit.segments if names is None or s.name in names]
+            if not wanted:
+                continue
             arrays = exchange.arrays()
-            for segment in exchange.unit.segments:
+            for segment in wanted:
                 mine = {
                     key: value[segment.offset : segment.stop].copy()
                     for key, value in arrays.items()
@@ -117,12 +144,24 @@ class BucketCompression:
                 saved[segment.name] = mine
         return saved
 
+    def begin_again(self) -> None:
+        """Forget the steps and the guard's past, which are those of the state that comes next."""
+        loss = self.quality.loss
+        self._step, self.quality = 0, Quality(self._comm, self._limits)
+        self.quality.loss = loss
+
     def load_state_dict(self, saved: Saved) -> None:
-        """Take up what ``state_dict`` returned, or what ``reshard`` made of it."""
+        """Take up what ``state_dict`` returned, or what ``reshard`` made of it.
+
+        Of several steps the last counts, also of those that were taken here.
+        """
         for exchange in self._exchanges.values():
+            if not any(segment.name in saved for segment in exchange.unit.segments):
+                continue
             arrays = exchange.arrays()
             for segment in exchange.unit.segments:
-                for key, value in saved.get(segment.name, {}).items():
+                state = saved.get(segment.name, {})
+                for key, value in state.items():
                     if key == "step":
                         self._step = max(self._step, int(value))
                     elif key == "guard":
@@ -133,8 +172,16 @@ class BucketCompression:
                         arrays[key] = value
                     else:
                         _check_size(segment, key, value)
+                        if key == "server" and RESHARDED in state:
+                            value = _own_part(exchange, segment, value)
                         arrays[key][segment.offset : segment.stop] = value
             exchange.load_arrays(arrays)
+
+
+def _own_part(exchange: Exchange, segment: Segment, server: Array) -> Array:
+    """Return what this rank takes over of what all ranks owe of sums."""
+    assert isinstance(exchange, Sharded)
+    return exchange.own_part(segment.offset, server)
 
 
 def _check_size(segment: Segment, key: str, value: Array) -> None:
@@ -186,6 +233,8 @@ def reshard(states: Sequence[Saved], *, op: Op = Op.AVERAGE, size: int | None = 
             key: _merged(key, [state[key] for state in every if key in state], share)
             for key in first
         }
+        if "server" in first:
+            result[name][RESHARDED] = np.array(True)
     return result
 
 

@@ -32,6 +32,9 @@ LATE = 1 << 20
 #: One entry of so many is large where compressors send what is large enough, not a number.
 RARE = 100
 
+#: Makes what a collective of so many bytes needs; returns the call, which alone is timed.
+Prepare = Callable[[int], Callable[[], object]]
+
 
 def _nothing() -> None:
     """Wait for nobody."""
@@ -46,20 +49,22 @@ def measure_network(comm: Communicator, narrow: Iterable[str] = (), device: Any 
     """
     memory, others = _memory(device), max(1, comm.size - 1)
 
-    def allreduce(nbytes: int, dtype: str = "float32") -> None:
+    def allreduce(nbytes: int, dtype: str = "float32") -> Callable[[], object]:
         x = memory.zeros(nbytes // np.dtype(dtype).itemsize)
         if dtype != "float32":
             x = memory.narrow(x, np.dtype(dtype))
-        memory.allreduce(comm, x, Op.SUM)
+        return lambda: memory.allreduce(comm, x, Op.SUM)
 
-    def alltoall(nbytes: int) -> None:
-        parts = [np.zeros(nbytes // others, np.uint8)] * comm.size
-        parts[comm.rank] = np.zeros(0, np.uint8)
-        comm.alltoall(parts)
+    # Zeros that nobody has written would have no memory of their own to be read from.
+    def alltoall(nbytes: int) -> Callable[[], object]:
+        parts = [np.ones(nbytes // others, np.uint8)] * comm.size
+        parts[comm.rank] = np.empty(0, np.uint8)
+        return lambda: comm.alltoall(parts)
 
-    def allgather(nbytes: int) -> None:
+    def allgather(nbytes: int) -> Callable[[], object]:
         # All together give as much, so that many ranks need no more memory than few.
-        comm.allgather(np.zeros(max(1, nbytes // comm.size), np.uint8))
+        mine = np.ones(max(1, nbytes // comm.size), np.uint8)
+        return lambda: comm.allgather(mine)
 
     worked, began = time.process_time(), time.perf_counter()
     reduced = _line(comm, allreduce)
@@ -75,25 +80,25 @@ def measure_network(comm: Communicator, narrow: Iterable[str] = (), device: Any 
     )
 
 
-def _line(comm: Communicator, call: Callable[[int], None]) -> Line:
-    small = _timed(comm, call, SMALL)
+def _line(comm: Communicator, prepare: Prepare) -> Line:
+    small = _timed(comm, prepare(SMALL))
     nbytes = 16 * SMALL
-    large = _timed(comm, call, nbytes)
+    large = _timed(comm, prepare(nbytes))
     while large < ENOUGH and nbytes < LARGEST:
         nbytes *= 4
-        large = _timed(comm, call, nbytes)
+        large = _timed(comm, prepare(nbytes))
     rate = max(large - small, 0.0) / (nbytes - SMALL)
     return Line(max(small - rate * SMALL, 0.0), rate)
 
 
-def _timed(comm: Communicator, call: Callable[[int], None], nbytes: int) -> float:
+def _timed(comm: Communicator, call: Callable[[], object]) -> float:
     """Return the seconds of a collective: the shortest of a few, of the slowest rank."""
-    call(nbytes)
+    call()
     shortest = np.inf
     for _ in range(REPEATS):
         comm.barrier()
         begin = time.perf_counter()
-        call(nbytes)
+        call()
         shortest = min(shortest, time.perf_counter() - begin)
         if _slowest(comm, shortest) > ENOUGH:  # no noise in that
             break
@@ -171,7 +176,10 @@ def measure_work(
         bucket[:] = home
         together()
 
-    seconds = _seconds(run, prepare)
+    try:
+        seconds = _seconds(run, prepare)
+    finally:
+        comm.close()  # ends the thread that watches for stalls
     payload = max(1.0, scheme.compressor.payload_bytes(unit, size))
     calls = tuple(call._replace(nbytes=call.nbytes / payload) for call in comm.calls)
     return Work(seconds / (4 * unit.size), calls)

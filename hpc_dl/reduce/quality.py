@@ -32,8 +32,8 @@ class Quality:
         self._overflows = 0
         self._until = 0
         self._average_loss = math.nan
-        self.loss = math.nan
-        """The last loss that this rank reported; NaN for none."""
+        self.loss: float | None = None
+        """What this rank has reported since the guard looked at losses."""
         self.reasons: list[str] = []
         """Why compression was suspended, each time."""
 
@@ -63,17 +63,20 @@ class Quality:
         overflows, self._overflows = self._overflows, 0
         # All ranks must take this path alike, so what is not finite is counted, not raised.
         mine = Health(*(sum(figures) for figures in zip(*seen, strict=True))) if seen else _NOTHING
-        rows = self._comm.exchange(np.array([*mine, overflows, self.loss], np.float64))
-        together = Health(*rows[:, :-2].sum(axis=0).tolist())
-        loss = _mean(rows[:, -1])
+        reported, self.loss = (0.0, 0.0) if self.loss is None else (1.0, self.loss), None
+        rows = self._comm.exchange(np.array([*mine, overflows, *reported], np.float64))
+        together = Health(*rows[:, :-3].sum(axis=0).tolist())
+        loss = _mean(rows[rows[:, -2] > 0, -1].tolist())
         reason = None
         if seen:  # else nothing is compressed in this step
-            reason = self._of_gradients(together, rows[:, -2].sum()) or self._of_loss(loss)
+            reason = self._of_gradients(together, rows[:, -3].sum()) or self._of_loss(loss)
         if reason is not None:
             self._suspend(step, reason)
+        elif loss is None or not math.isfinite(loss):
+            return
         elif math.isnan(self._average_loss):
             self._average_loss = loss
-        elif not math.isnan(loss):
+        else:
             self._average_loss += _NEW * (loss - self._average_loss)
 
     def _of_gradients(self, seen: Health, overflows: float) -> str | None:
@@ -90,7 +93,11 @@ class Quality:
             return f"what is left of the steps before is {ratio:.3g} times the gradient"
         return None
 
-    def _of_loss(self, loss: float) -> str | None:
+    def _of_loss(self, loss: float | None) -> str | None:
+        if loss is None:
+            return None
+        if not math.isfinite(loss):
+            return f"the loss is {loss}"
         if loss > self._limits.max_loss * self._average_loss > 0:
             return f"the loss is {loss:.4g}, and was {self._average_loss:.4g}"
         return None
@@ -121,7 +128,6 @@ class Quality:
             )
 
 
-def _mean(losses: np.ndarray) -> float:
-    """Return the mean of those that were reported; NaN for none."""
-    known = losses[np.isfinite(losses)]
-    return float(known.mean()) if len(known) else math.nan
+def _mean(losses: list[float]) -> float | None:
+    """Return the mean of what was reported, not finite if one is not; None for nothing."""
+    return sum(losses) / len(losses) if losses else None

@@ -70,9 +70,7 @@ class GradientReduction:
         dense = [g for g in present if not isinstance(g.value, tf.IndexedSlices)]
         results, due = self._reduce_dense(dense, watch, number)
         if sparse:
-            given = self._options.compression
-            policy = given if isinstance(given, Policy) else DENSE
-            label, op = self.reducers.label, self._options.op
+            label, op, policy = self.reducers.label, self._options.op, self._policy_of_rows
             slices = allreduce_rows(sparse, op, policy, label, self.group, self._count_rows)
             results.update(zip([g.name for g in sparse], slices, strict=True))
         if self._options.guard:
@@ -91,6 +89,13 @@ class GradientReduction:
             reduced.wait_seconds,
             self._bytes_dense,
         )
+
+    def _policy_of_rows(self) -> Policy:
+        """Return the policy in force; of a cast in the graph, which the reducers do not know."""
+        given = self._options.compression
+        in_graph = isinstance(given, Policy) and self._policy is DENSE
+        policy: Policy = given if in_graph else self.reducers.compression.policy
+        return policy
 
     def _count_rows(self, traffic: Traffic) -> None:
         self._bytes += traffic.bytes_sent

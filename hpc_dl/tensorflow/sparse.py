@@ -19,7 +19,7 @@ from hpc_dl.world.gradients import Gradient
 def allreduce_rows(
     gradients: Sequence[Gradient],
     op: Op,
-    policy: Policy,
+    policy: Callable[[], Policy],
     label: str,
     group: Group,
     count: Callable[[Traffic], None],
@@ -28,7 +28,7 @@ def allreduce_rows(
 
     Args:
         op: AVERAGE or SUM.
-        policy: how rows travel; see ``row_format``.
+        policy: tells, in each call, how rows travel; see ``row_format``.
         label: says whose gradients they are.
         count: told what each has sent.
 
@@ -42,10 +42,10 @@ def allreduce_rows(
         check_op_of_rows(op, gradient.name)
 
     def on_host(*arrays: Array) -> list[Array]:
-        results = []
+        results, now = [], policy()
         parts = zip(arrays[::3], arrays[1::3], arrays[2::3], strict=True)
         for gradient, (values, numbers, shape) in zip(gradients, parts, strict=True):
-            form = row_format(policy, gradient.name, shape.tolist(), values.dtype)
+            form = row_format(now, gradient.name, shape.tolist(), values.dtype)
             given = summed(numbers, values.reshape(len(numbers), form.width))
             call = Call("sparse_allreduce", f"{label}.{gradient.name}", (None, *shape[1:].tolist()))
             group.agree(call._replace(dtype=form.describe(), op=op.value))

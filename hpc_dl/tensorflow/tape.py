@@ -125,14 +125,14 @@ class DistributedGradientTape(tf.GradientTape):
         return tf.nest.pack_sequence_as(sources, [results[name] for name in names])
 
     def _combine(self, gradients: Sequence[Gradient]) -> dict[str, Any]:
-        local, process_set = self._hpc_dl_local, self._hpc_dl_options.process_set
+        local = self._hpc_dl_local
         results = {
             g.name: local.scaled(g.value) if g.source in local else g.value
             for g in gradients
             if g.value is not None
         }
         shared = [g for g in gradients if g.source not in local]
-        if shared and process_set.included() and process_set.size() > 1:
+        if shared and self._hpc_dl_options.combines:
             reduction, watch = _reduction_of(self._hpc_dl_options, shared)
             reduced = reduction(shared, watch)
             results.update(zip([g.name for g in shared], reduced, strict=True))
@@ -145,34 +145,38 @@ class DistributedGradientTape(tf.GradientTape):
         another size, give ``load_compression_state`` what ``hpc_dl.reduce.reshard`` makes of all
         ranks' states.
         """
-        reduction = self._reduction()
+        reduction = self._begun()
         return {} if reduction is None else reduction.reducers.compression_state()
 
     def load_compression_state(self, saved: Saved) -> None:
         """Replace that by what ``compression_state`` returned; all ranks call this alike."""
-        reduction = self._reduction()
-        if reduction is None:
+        options = self._hpc_dl_options
+        if not options.combines:
             warn_of_unused(saved)
-        else:
-            reduction.reducers.load_compression_state(saved)
+            return
+        group = options.process_set.group()
+        _tapes_of(group).reduction(group, options).reducers.load_compression_state(saved)
 
     def report_loss(self, loss: float) -> None:
         """Let the guard of compression see this rank's loss; it suspends on a jump."""
-        reduction = self._reduction()
-        if reduction is not None:
-            reduction.reducers.report_loss(float(loss))
+        options = self._hpc_dl_options
+        if options.combines:
+            _tapes_of(options.process_set.group()).report_loss(options, float(loss))
 
     def traffic(self) -> Traffic:
         """Return steps, bytes sent and seconds waited so far, of tapes with these options."""
-        reduction = self._reduction()
+        reduction = self._begun()
         return Traffic(0, 0, 0.0) if reduction is None else reduction.traffic()
 
-    def _reduction(self) -> GradientReduction | None:
-        """Return what combines the gradients; None where there is nothing to combine."""
-        process_set = self._hpc_dl_options.process_set
-        if not process_set.included() or process_set.size() == 1:
+    def _begun(self) -> GradientReduction | None:
+        """Return what combines the gradients, if it has begun: all ranks begin it together.
+
+        This may well be asked on one of them.
+        """
+        options = self._hpc_dl_options
+        if not options.combines:
             return None
-        return _tapes_of(process_set.group()).reduction(process_set.group(), self._hpc_dl_options)
+        return _tapes_of(options.process_set.group()).reductions.get(_key(options))
 
     def get_local_and_global_gradients(
         self,
@@ -225,17 +229,24 @@ class _Tapes:
         self.reductions: dict[Any, GradientReduction] = {}
         self.watches: dict[tuple[int, bool], tuple[weakref.ref[Any], ReplicaWatch]] = {}
         self.no_watch: ReplicaWatch | None = None
+        self._losses: dict[Any, float] = {}
 
     def reduction(self, group: Group, options: GradientOptions) -> GradientReduction:
-        """Return the reduction with these options."""
-        # Variables cannot be compared; lists of them are told apart by which they are.
-        groups = options.groups
-        if not isinstance(groups, int):
-            groups = tuple(tuple(map(id, members)) for members in groups)
-        key = options._replace(groups=groups)
+        """Return the reduction with these options; all ranks begin it alike."""
+        key = _key(options)
         if key not in self.reductions:
             self.reductions[key] = GradientReduction(group, options, "DistributedGradientTape")
+            if key in self._losses:
+                self.reductions[key].reducers.report_loss(self._losses.pop(key))
         return self.reductions[key]
+
+    def report_loss(self, options: GradientOptions, loss: float) -> None:
+        """Tell the reduction with these options of a loss, now or as soon as there is one."""
+        key = _key(options)
+        if key in self.reductions:
+            self.reductions[key].reducers.report_loss(loss)
+        else:
+            self._losses[key] = loss
 
     def watch(self, group: Group, sources: Sequence[Any], guard: bool) -> ReplicaWatch:
         """Return the count of steps of these variables, known by the first of them.
@@ -254,6 +265,15 @@ class _Tapes:
             known = weakref.ref(variable), ReplicaWatch(group, guard)
             self.watches[key] = known
         return known[1]
+
+
+def _key(options: GradientOptions) -> Any:
+    """Return what tells reductions apart."""
+    # Variables cannot be compared; lists of them are told apart by which they are.
+    groups = options.groups
+    if not isinstance(groups, int):
+        groups = tuple(tuple(map(id, members)) for members in groups)
+    return options._replace(groups=groups)
 
 
 def _reduction_of(

@@ -74,8 +74,8 @@ class AdasumReduction:
         self._steps += 1
         return result
 
-    def rearm(self) -> None:
-        """Do nothing: no state is kept between steps."""
+    def abandon(self) -> None:
+        """Do nothing: nothing starts before the step."""
 
     def close(self) -> None:
         """Do nothing: there are no hooks."""

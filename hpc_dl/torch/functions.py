@@ -83,8 +83,8 @@ def broadcast_optimizer_state(
         for i, tensor in enumerate(tensors)
     ]
     received = [handle.wait() for handle in handles]
-    if not is_root:
-        optimizer.load_state_dict(_put_tensors(skeleton, received))
+    # The root, too, forgets what compression owes: all ranks owe of the same steps.
+    optimizer.load_state_dict(_put_tensors(skeleton, received))
 
 
 def _take_tensors(state: Any, tensors: list[torch.Tensor]) -> Any:

@@ -168,16 +168,17 @@ class GradientReduction:
         decided = self._compression.decide(
             begin, waited, self._dense(), self._capacity(), self._device()
         )
-        if decided:
-            self._settle_up()
+        if self._compression.unpaid:
+            self._pay()
         for p, place in self._places.items():
             if p not in self._in_place:
                 self._take_out(p, place.view)
         for p in self._sparse:
             self._finish_sparse(p)
-        self.rearm()
+        self._rearm()
         self._stepped, self._loaded = True, False
         if decided:
+            self._compression.settle_up()
             self._lay_out([self._names[p] for p in self._places])
 
     def _dense(self) -> Iterator[Parameter]:
@@ -194,14 +195,13 @@ class GradientReduction:
     def _capacity(self) -> int:
         return BUCKET_BYTES_NEGOTIATED if self._group.comm.negotiates else BUCKET_BYTES
 
-    def _settle_up(self) -> None:
+    def _pay(self) -> None:
         """Add what is owed of parameters that are not compressed any more."""
-        by_name = {self._names[p]: place.view for p, place in self._places.items()}
-        options = self._options
-        owed = self._compression.settle_up(by_name, options.op, options.predivide)
-        for name, values in owed.items():
-            view = by_name[name]
-            view.view(-1).add_(torch_view(values).to(view.device))
+        results = {
+            self._names[p]: p.grad if p in self._in_place else place.view
+            for p, place in self._places.items()
+        }
+        self._compression.pay(results, self._options.op, self._options.predivide)
 
     def _take_out(self, p: torch.nn.Parameter, view: torch.Tensor) -> None:
         if p.grad is None:
@@ -217,8 +217,14 @@ class GradientReduction:
         p.grad, sent = allreduce_sparse(p, p.grad, op, policy, name, self._group)
         self._rows = total([self._rows, sent])
 
-    def rearm(self) -> None:
-        """Begin a new step."""
+    def abandon(self) -> None:
+        """Give up a step under way: wait for what has begun to be reduced, and forget it."""
+        if self._moved:
+            for reducer in self._reducers:
+                reducer.finish()
+        self._rearm()
+
+    def _rearm(self) -> None:
         self._count = dict.fromkeys(self._count, 0)
         self._moved.clear()
         self._in_place.clear()
@@ -268,14 +274,14 @@ class GradientReduction:
             groups=options.groups,
             scale=options.predivide,
             make_buffers=None if on_host else lambda layout: _buffers(layout, device),
-            agree=lambda: self._group.agree(call),
+            agree=lambda: self._group.agree(self._at(call)),
             name=call.name,
             clock=options.clock,
             device=None if on_host else device,
         )
         self._group.register(call.name, reducer)
         self._reducers.append(reducer)
-        self._compression.add(reducer)
+        self._compression.add(call.name, reducer)
         self._compression.hold(reducer)
         views, place = reducer.views(), reducer.layout.place()
         for name, p in named:
@@ -283,6 +289,10 @@ class GradientReduction:
             bucket = place[name][0]
             self._places[p] = _Place(bucket, flat.view(p.shape), reducer.takes_place_of(bucket))
         self._reducer_by_device[device] = reducer
+
+    def _at(self, call: Call) -> Call:
+        """Add to the call of a reducer where its compression stands."""
+        return call._replace(state=self._compression.position(call.name))
 
     def _home(self, name: str, p: torch.nn.Parameter) -> torch.device:
         """Return where a gradient's bucket lies: where its compressor works."""
@@ -318,8 +328,15 @@ class GradientReduction:
                 f"{len(known)} here that need gradients (first: {self._named[0][0]!r}); load that "
                 "of the same model, or leave out what does not learn any more"
             )
-        self._compression.load(saved)
+        self.begin_from(saved)
         self._stepped, self._loaded = False, bool(saved)
+
+    def take_over(self, other: "GradientReduction") -> None:
+        """Go on where another reduction stood, which has some of these parameters."""
+        other.abandon()
+        self._compression.take_over(other._compression, [name for name, _ in self._named])
+        self._rows = other._rows
+        self._stepped, self._loaded = other._stepped, other._loaded
 
     @property
     def is_new(self) -> bool:
@@ -329,6 +346,8 @@ class GradientReduction:
     def begin_from(self, saved: Saved) -> None:
         """Begin with a state that follows from the optimizer's own."""
         self._compression.load(saved)
+        for reducer in self._reducers:
+            self._compression.hold(reducer)
 
     def forget_steps(self) -> bool:
         """Owe nothing of the steps that were taken; tell whether anything was owed.
@@ -341,7 +360,7 @@ class GradientReduction:
             value.any()
             for state in self.compression_state().values()
             for key, value in state.items()
-            if key in ("residual", "server", "momentum", "shared")
+            if key in ("residual", "server", "momentum")
         )
         self.load_compression_state({})
         return owed

@@ -298,6 +298,8 @@ class OneBitLamb(SharedMomentum):
         then = _deviation(frozen, state["variance_step"], group).add_(group["eps"])
         now = _deviation(fresh, state["step"], group).add_(group["eps"])
         ratios = then.div_(now).masked_fill_(frozen == 0, 0)
+        if not ratios.numel():
+            return float(state["factor"])
         least, most = group["factor_range"]
         low, high = (state["factor"] * (1 + sign * group["factor_change"]) for sign in (-1, 1))
         factor: float = min(max(float(ratios.max()), low, least), high, most)

@@ -21,7 +21,6 @@ from hpc_dl.torch.names import Named, check_names
 from hpc_dl.torch.onebit import SharedMomentum
 from hpc_dl.torch.unfused import UnfusedReduction
 from hpc_dl.world import ProcessSet, current, global_process_set
-from hpc_dl.world.choice import CHOICE
 from hpc_dl.world.compression import warn_of_unused
 from hpc_dl.world.gradients import gradient_options, group_names
 from hpc_dl.world.pairing import check_shared, fitting
@@ -118,13 +117,13 @@ class _Distributed(torch.optim.Optimizer):
         super().zero_grad(*args, **kwargs)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load the optimizer's own state; a step under way is forgotten.
+        """Load the optimizer's own state; a step under way is forgotten, on all ranks alike.
 
         So is what compression owes of the steps before, unless ``load_compression_state`` came
         since the last of them.
         """
         if self._reduction is not None:
-            self._reduction.rearm()
+            self._reduction.abandon()
         self._synchronized = False
         super().load_state_dict(*args, **kwargs)
         if isinstance(self._reduction, GradientReduction) and self._reduction.forget_steps():
@@ -165,14 +164,15 @@ class _Distributed(torch.optim.Optimizer):
                 (f"group{number}.{i}", p) for i, p in enumerate(self.param_groups[-1]["params"])
             ]
             self._named = [*self._named, *added]
-            saved = self.compression_state()
-            if self._reduction is not None:
-                self._reduction.close()
+            before = self._reduction
+            if before is not None:
+                before.close()
             self._reduction = self._remake(self._named)
-            learning = {name for name, p in self._named if p.requires_grad} | {CHOICE}
-            self.load_compression_state({n: s for n, s in saved.items() if n in learning})
             if self._reduction is not None:
                 self._reduction.passes = self._passes
+            if isinstance(self._reduction, GradientReduction):
+                assert isinstance(before, GradientReduction)
+                self._reduction.take_over(before)
 
     def set_backward_passes_per_step(self, passes: int) -> None:
         """Change the number of backward passes of a step."""
@@ -293,7 +293,10 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
 
     def reduction(everything: Named) -> Reduction | None:
         named = [(name, p) for name, p in everything if p.requires_grad]
-        if not process_set.included() or current().comm.size == 1:
+        alone = current().comm.size == 1
+        # Momentum that is taken before compression is not left to the optimizer on one rank.
+        takes_momentum = isinstance(compressor, Policy) and compressor.takes_momentum
+        if not process_set.included() or (alone and not takes_momentum):
             return None
         group = process_set.group()
         if op is Op.ADASUM:

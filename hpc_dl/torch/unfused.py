@@ -52,8 +52,8 @@ class UnfusedReduction:
             self._bytes += 2 * (comm.size - 1) * dense.nbytes // comm.size
         self._steps += 1
 
-    def rearm(self) -> None:
-        """Do nothing: no state is kept between steps."""
+    def abandon(self) -> None:
+        """Do nothing: nothing starts before the step."""
 
     def close(self) -> None:
         """Do nothing: there are no hooks."""

@@ -35,6 +35,11 @@ class Choice:
             self._known = {_spec(p): p for p in map(policy_of, policy.auto.candidates)}
 
     @property
+    def automatic(self) -> bool:
+        """Whether the policy is, or was, for ``auto`` to choose."""
+        return self._auto is not None
+
+    @property
     def deciding(self) -> bool:
         """Whether steps are still watched, to choose or to choose again."""
         return self._chooser is not None

@@ -73,6 +73,12 @@ class GradientOptions(NamedTuple):
     process_set: ProcessSet
     guard: bool
 
+    @property
+    def combines(self) -> bool:
+        """Whether this rank has gradients to combine; alone, momentum may be left to take."""
+        takes_momentum = isinstance(self.compression, Policy) and self.compression.takes_momentum
+        return self.process_set.included() and (self.process_set.size() > 1 or takes_momentum)
+
 
 def gradient_options(
     op: Op | str,

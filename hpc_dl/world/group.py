@@ -37,6 +37,8 @@ class Call(NamedTuple):
     op: str = ""
     scale: float = 1.0
     root: int = 0
+    state: str = ""
+    """Where a reducer's compression stands."""
 
     def describe(self) -> str:
         """Say it in words."""
@@ -48,6 +50,8 @@ class Call(NamedTuple):
             parts.append(f"op {self.op}" + (f" scale {self.scale:g}" if self.scale != 1 else ""))
         if self.what == "broadcast":
             parts.append(f"root {self.root}")
+        if self.state:
+            parts.append(f"compression at {self.state}")
         return ", ".join(parts)
 
 
@@ -186,10 +190,16 @@ class Group:
         calls = {rank: _parse(text) for rank, text in enumerate(texts) if text}
         first = min(calls)
         other = next(rank for rank in calls if calls[rank] != calls[first])
+        one, two = calls[first], calls[other]
+        both = f"rank {first}: {one.describe()}; rank {other}: {two.describe()}"
+        if one._replace(state="") == two._replace(state=""):
+            raise MismatchError(
+                f"ranks have different states of compression: {both}. Load those of the same "
+                "checkpoint on all ranks, or on none"
+            )
         raise MismatchError(
-            f"ranks called different things: rank {first}: {calls[first].describe()}; rank "
-            f"{other}: {calls[other].describe()}. All ranks must make the same calls, with the "
-            "same names, shapes and types, in the same order"
+            f"ranks called different things: {both}. All ranks must make the same calls, with "
+            "the same names, shapes and types, in the same order"
         )
 
     def _join(self) -> int:

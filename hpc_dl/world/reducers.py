@@ -130,17 +130,21 @@ class Reducers:
             groups=groups,
             scale=self._scale,
             make_buffers=make_buffers,
-            agree=lambda: self.group.agree(call),
+            agree=lambda: self.group.agree(self._at(call)),
             name=call.name,
             clock=None if self._number is None else lambda: int(self._number or 0),
             device=None if make_buffers is None else device,
         )
-        self.compression.add(reducer)
+        self.compression.add(call.name, reducer)
         views, place = reducer.views(), reducer.layout.place()
         places = tuple(Place(place[p.name][0], views[p.name]) for p in parameters)
         buckets = Buckets(reducer, places, self.compression)
         self.group.register(call.name, buckets)
         return buckets
+
+    def _at(self, call: Call) -> Call:
+        """Add to the call of a reducer where its compression stands."""
+        return call._replace(state=self.compression.position(call.name))
 
     def count(self, number: int | None) -> None:
         """Say which step of the optimizer comes; if never or None, they are counted here."""
@@ -169,9 +173,10 @@ class Reducers:
         """
         begin = time.perf_counter()
         reducer.finish()
+        waited = time.perf_counter() - begin
+        if self.compression.unpaid:
+            self.compression.pay(reducer.views(), self._op, self._scale)
         parameters = [p for bucket in reducer.layout.buckets for p in bucket.parameters]
-        if self.compression.decide(begin, time.perf_counter() - begin, parameters, BUCKET_BYTES):
-            views = reducer.views()
-            for name, owed in self.compression.settle_up(views, self._op, self._scale).items():
-                views[name] += owed
+        if self.compression.decide(begin, waited, parameters, BUCKET_BYTES):
+            self.compression.settle_up()
             self._known.clear()

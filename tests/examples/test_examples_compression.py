@@ -44,5 +44,5 @@ def test_auto_says_what_it_measured() -> None:
     output = launch("rules.py", "auto")
     assert number(r"test accuracy (\d\.\d+)", output) >= 0.93
     assert len(re.findall(r"compression=auto: a step takes", output)) == 1
-    assert len(re.findall(r"-> \w", output)) == 1
+    assert len(re.findall(r"\w <- ", output)) == 1
     assert number(r"sent (\d+\.\d+) MB", output) > 0

@@ -398,6 +398,55 @@ def test_after_auto_has_chosen_a_cast_horovods_operations_reduce(spec, in_graph,
         assert calls
 
 
+def test_a_loss_that_is_reported_before_the_first_step_counts(caplog):
+    policy = policy_of("onebit")._replace(limits=Limits(every=1, max_loss=2.0, pause=2))
+    optimizer = wrapped(policy, 0.0)
+    optimizer.report_loss(1.0)
+    net = model()
+    with caplog.at_level("WARNING", "hpc_dl.compress"):
+        take(net, optimizer, [0])
+        optimizer.report_loss(9.0)
+        take(net, optimizer, [1])
+    said = hvd.size() > 1 and hvd.rank() == 0
+    assert ("the loss is 9, and was 1" in caplog.text) == said
+
+
+def losses_of(net, batches):
+    return [float(np.square(keras.ops.convert_to_numpy(net(x)) - y).mean()) for x, y in batches]
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("several", [4, 2, 3])
+def test_the_callback_of_metrics_tells_the_mean_of_steps_that_are_executed_together(several):
+    """The last ones of an epoch may be fewer."""
+    net, told = model(), []
+    optimizer = wrapped("onebit", 0.0)
+    optimizer.report_loss = told.append
+    net.compile(optimizer, "mse", steps_per_execution=several)
+    batches = [batch(step, hvd.rank()) for step in range(4)]
+    x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
+    callbacks = [hvd.callbacks.MetricAverageCallback()]
+    net.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
+    losses = losses_of(net, batches)
+    means = [np.mean(losses[begin : begin + several]) for begin in range(0, 4, several)]
+    np.testing.assert_allclose(told, means * 2, rtol=1e-3)
+
+
+def test_the_callback_of_metrics_tells_of_a_loss_that_is_not_finite_once():
+    """The mean of the epoch stays so, and says nothing of the batches after it."""
+    net, told = model(), []
+    optimizer = wrapped("onebit", 0.0)
+    optimizer.report_loss = told.append
+    net.compile(optimizer, "mse")
+    callback = hvd.callbacks.MetricAverageCallback()
+    callback.set_model(net)
+    for epoch, means in enumerate([[1.0, np.nan, np.nan], [3.0, np.inf, np.inf], [4.0, 5.0]]):
+        callback.on_epoch_begin(epoch)
+        for number, mean in enumerate(means):
+            callback.on_train_batch_end(number, {"loss": mean})
+    np.testing.assert_array_equal(told, [1.0, np.nan, 3.0, np.inf, 4.0, 6.0])
+
+
 def test_the_callback_of_metrics_tells_the_guard_the_loss_of_each_batch():
     net, told = model(), []
     optimizer = wrapped("onebit", 0.0)
@@ -407,8 +456,7 @@ def test_the_callback_of_metrics_tells_the_guard_the_loss_of_each_batch():
     x, y = (np.concatenate(parts) for parts in zip(*batches, strict=True))
     callbacks = [hvd.callbacks.MetricAverageCallback()]
     net.fit(x, y, batch_size=8, epochs=2, shuffle=False, verbose=0, callbacks=callbacks)
-    losses = [float(np.square(keras.ops.convert_to_numpy(net(a)) - b).mean()) for a, b in batches]
-    np.testing.assert_allclose(told, losses * 2, rtol=1e-3)
+    np.testing.assert_allclose(told, losses_of(net, batches) * 2, rtol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist for variables")

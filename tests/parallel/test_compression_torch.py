@@ -1,9 +1,13 @@
 """Compressed gradients in torch on real ranks; true for any number of them."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from stub_chooser import let_auto_choose
+from torch_training import batch, furthest, model
+from torch_training import loss_of as small_loss
 
 import hpc_dl.torch as hvd
 import hpc_dl.torch.gradients as gradients
@@ -352,6 +356,90 @@ def test_parameters_that_are_added_are_checked_too():
     assert len(optimizer.param_groups) == 2
 
 
+def owed_together(optimizer, name) -> torch.Tensor:
+    """Return what the ranks owe of the average of a parameter's gradients."""
+    state = optimizer.compression_state()[name]
+    owed = state["residual"] + hvd.size() * state.get("server", 0)
+    return hvd.allreduce(torch.from_numpy(owed), op=hvd.Average)
+
+
+@pytest.mark.parametrize("between", [False, True])
+@pytest.mark.parametrize("spec", ["onebit", "topk:ratio=0.9", "powersgd:rank=2"])
+def test_adding_parameters_loses_nothing(spec, between):
+    """Also where they are added between backward and step, which forgets the gradients."""
+    if hvd.size() == 1:
+        return
+    net, later = network(), torch.nn.Linear(COLUMNS, ROWS)
+    optimizer = torch.optim.SGD([net[0].weight, net[2].weight], lr=0.0)
+    named = [("0.weight", net[0].weight), ("2.weight", net[2].weight)]
+    optimizer = hvd.DistributedOptimizer(optimizer, named, compression=spec)
+    given, out = (torch.zeros(ROWS * COLUMNS) for _ in range(2))
+
+    def step(number):
+        nonlocal given, out
+        given += averaged(net, number)[0].flatten()
+        net.zero_grad()
+        loss_of(net, number, hvd.rank()).backward()
+        optimizer.step()
+        out += net[0].weight.grad.flatten()
+
+    for number in range(4):
+        step(number)
+    before = optimizer.traffic()
+    if between:
+        given += averaged(net, 9)[0].flatten()
+        net.zero_grad()
+        loss_of(net, 9, hvd.rank()).backward()
+    optimizer.add_param_group({"params": [later.weight]})
+    if between:
+        out += net[0].weight.grad.flatten()  # it was reduced before it was forgotten
+    torch.testing.assert_close(out + owed_together(optimizer, "0.weight"), given)
+    for number in range(4, 6):
+        step(number)
+    torch.testing.assert_close(out + owed_together(optimizer, "0.weight"), given)
+    after = optimizer.traffic()
+    assert before.steps == 4
+    assert after.steps == 6 + between
+    assert after.bytes_sent > before.bytes_sent > 0
+
+
+@pytest.mark.parametrize("broadcast", [False, True])
+def test_a_state_that_is_loaded_within_a_step_ends_the_step(broadcast, monkeypatch):
+    """What was on its way is waited for, and the next step is as if it had never been."""
+    monkeypatch.setattr("hpc_dl.reduce.reducer.OVERLAP_BYTES", 0)
+    net = network()
+    optimizer = wrapped(net, "onebit")
+    take(net, optimizer, range(2))
+    own = copy.deepcopy(optimizer.state_dict())
+    loss_of(net, 2, hvd.rank()).backward()
+    if broadcast:
+        hvd.broadcast_optimizer_state(optimizer, root_rank=0)
+    else:
+        optimizer.load_state_dict(own)
+    for state in optimizer.compression_state().values():
+        assert not state["residual"].any()
+        assert not state["server"].any()
+    optimizer.zero_grad()
+    take(net, optimizer, range(3, 5))
+    mine = torch.from_numpy(weights(net))
+    for other in hvd.allgather(mine[None]):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("spec", ["onebit:warmup=3", "randomk:ratio=0.1"])
+def test_a_state_that_only_one_rank_has_is_an_error_everywhere(spec):
+    if hvd.size() == 1 or current().comm.negotiates:
+        return
+    net, later = network(), network()
+    optimizer = wrapped(net, spec)
+    take(net, optimizer, range(3))
+    resumed = wrapped(later, spec)
+    if hvd.rank() == 0:
+        resumed.load_compression_state(optimizer.compression_state())
+    with pytest.raises(MismatchError, match=r"states of compression.*step 3"):
+        take(later, resumed, [3])
+
+
 def test_compression_is_suspended_on_the_same_step_everywhere(caplog):
     net = network()
     policy = policy_of("onebit")._replace(limits=Limits(every=2, max_residual=1e-6, pause=3))
@@ -438,3 +526,23 @@ def test_casts_are_served_after_a_join_over_every_communicator():
     mine = torch.from_numpy(weights(net))
     for other in hvd.allgather(mine[None]):
         assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("spec", ["dgc:momentum=0.9", "topk:momentum=0.9"])
+def test_gradients_too_small_to_be_compressed_have_momentum_all_the_same(spec):
+    """Also on one rank: the optimizer has none."""
+
+    def train(momentum, **options):
+        net = model(torch.float32)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=momentum)
+        optimizer = hvd.DistributedOptimizer(optimizer, net.named_parameters(), **options)
+        for step in range(6):
+            optimizer.zero_grad()
+            x, y = batch(step, 24, torch.float32)
+            mine = slice(hvd.rank(), None, hvd.size())
+            small_loss(net, x[mine], y[mine]).backward()
+            optimizer.step()
+        return net
+
+    assert furthest(train(0.0, compression=spec), train(0.9)) < 1e-5
+    assert furthest(train(0.0), train(0.9)) > 1e-2

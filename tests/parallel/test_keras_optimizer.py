@@ -20,9 +20,10 @@ from keras_training import (
     train_alone,
     train_sharded,
 )
+from stub_chooser import let_auto_choose
 
 import hpc_dl.keras as hvd
-from hpc_dl.compress import only
+from hpc_dl.compress import Auto, only, policy_of
 from hpc_dl.errors import MismatchError, OptionError, ReplicaDivergenceError, UnsupportedError
 from hpc_dl.keras.backend import to_numpy
 
@@ -139,7 +140,7 @@ def test_groups_do_not_change_the_result(groups, rows):
     together = train(net, optimizer, 2, lambda step: shard(step, rows))
     assert furthest(alone, together) <= 1e-10
     if hvd.size() > 1 and hvd.global_process_set.group().comm.name == "mpi":
-        (buckets,) = optimizer.distribution._reduction.reducers._known.values()
+        (buckets,) = optimizer.distribution._combination._reduction.reducers._known.values()
         layout = buckets.reducer.layout
         assert len(layout.buckets) == {1: 1, 3: 3, "lists": 2}[groups]
         if groups == "lists":
@@ -263,6 +264,33 @@ def test_rows_travel_as_compression_says(compression, row_bytes):
     done = optimizer.traffic()
     assert done.bytes_sent == (hvd.size() - 1) * 2 * row_bytes
     assert done.bytes_dense == (hvd.size() - 1) * 2 * (8 + 96)
+
+
+@needs_tensorflow
+@pytest.mark.parametrize("in_graph", [False, True])
+def test_rows_travel_as_auto_has_chosen(in_graph, monkeypatch):
+    import tensorflow as tf
+
+    let_auto_choose(monkeypatch, lambda: [policy_of("fp16")], every=2)
+    table = keras.Variable(np.zeros((50, 240)), dtype="float32", name="table")
+    bias = keras.Variable(np.zeros(24), dtype="float32", name="bias")
+    auto = Auto(candidates=("none", "fp16"))
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression=auto)
+    optimizer.build([table, bias])
+
+    def step():
+        values = tf.ones((2, 240))
+        slices = tf.IndexedSlices(values, tf.constant([3, 7]), tf.constant([50, 240]))
+        optimizer.apply([slices, tf.ones(24)], [table, bias])
+
+    run, sent = tf.function(step) if in_graph else step, [0]
+    for _ in range(4):
+        run()
+        sent.append(optimizer.traffic().bytes_sent)
+    plain, half = (2 * (hvd.size() - 1) * (4 + n * 240) for n in (4, 2))
+    steps, bias = np.diff(sent), 256 * hvd.size()  # and the padding of its bucket, at most
+    assert plain <= steps[0] <= plain + bias
+    assert half <= steps[-1] <= half + bias
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist:UserWarning")

@@ -147,6 +147,23 @@ def test_a_saved_model_alone_begins_no_new_warm_up(rows, tmp_path):
     assert furthest(straight, got) <= 1e-5
 
 
+@pytest.mark.usefixtures("_double")
+def test_a_rank_that_goes_on_alone_makes_its_momentum_itself(rows):
+    """What it gets then are gradients, also after the freeze."""
+    net, other = model(), model()
+    optimizer, plain = distributed(compression="none"), own()
+    train(net, optimizer, 6, lambda step: batch(step, rows))
+    train(other, plain, 6, lambda step: batch(step, rows))
+    hvd.shutdown()
+    hvd.init("serial")
+    try:
+        got = train(net, optimizer, 4, lambda step: batch(6 + step, rows))
+        expected = train(other, plain, 4, lambda step: batch(6 + step, rows))
+    finally:
+        hvd.shutdown()
+    assert furthest(expected, got) <= 2e-4
+
+
 def test_local_variables_keep_a_momentum_of_their_own(rows):
     net, reference = model(), model()
     optimizer = distributed(compression="none")

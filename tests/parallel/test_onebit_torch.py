@@ -245,6 +245,28 @@ def test_a_deviation_near_zero_makes_no_enormous_step(kind):
         assert (net[0].weight - before).abs().max() <= 0.1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_parameter_without_elements_is_left_alone(kind, rows):
+    net = model(torch.float32)
+    net.register_parameter("nothing", torch.nn.Parameter(torch.zeros(0, 3)))
+    optimizer = distributed(net, kind, freeze_step=2)
+    for step in range(4):
+        optimizer.zero_grad()
+        (loss_of(net, *shard(step, rows, torch.float32)) + net.nothing.sum()).backward()
+        optimizer.step()
+    assert net.nothing.shape == (0, 3)
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_loading_the_optimizers_state_alone_is_no_loss_of_momentum(caplog, rows):
+    net = model(torch.float32)
+    optimizer = distributed(net, freeze_step=2, compression="none")
+    train(net, optimizer, range(4), rows)
+    with caplog.at_level(logging.WARNING, "hpc_dl"):
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert "dropped" not in caplog.text
+
+
 @pytest.mark.parametrize("floor", [0.0, 0.1])
 def test_what_had_no_gradient_in_the_warm_up(floor, caplog):
     net = model(torch.float32)

@@ -11,7 +11,9 @@ import pytest
 import tensorflow as tf
 
 import hpc_dl.tensorflow as hvd
+from hpc_dl.compress import Limits, policy_of
 from hpc_dl.errors import MismatchError, OptionError, ReplicaDivergenceError
+from hpc_dl.reduce import Traffic
 
 
 @pytest.fixture(autouse=True)
@@ -150,6 +152,31 @@ def test_a_tape_can_be_wrapped_twice():
     expected = 2 * w.numpy() * (hvd.size() + 1) / 2
     np.testing.assert_allclose(mean.gradient(loss, w), expected, rtol=1e-6)
     np.testing.assert_allclose(total.gradient(loss, w), expected * hvd.size(), rtol=1e-6)
+
+
+def test_looking_at_a_tape_on_one_rank_begins_nothing(caplog):
+    """All ranks begin reductions alike, with the first gradients; a loss waits for them."""
+    limits = Limits(every=1, max_loss=2.0)
+    policies = [policy_of("onebit")._replace(seed=seed, limits=limits) for seed in (31, 32)]
+    w = tf.Variable(tf.ones((160, 130)), name="large")
+
+    def taped(policy):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(w * w)
+        return loss, hvd.DistributedGradientTape(tape, compression=policy)
+
+    if hvd.rank() == 0:
+        _, tape = taped(policies[0])
+        assert tape.traffic() == Traffic(0, 0, 0.0)
+        assert tape.compression_state() == {}
+        tape.report_loss(1.0)
+    with caplog.at_level("WARNING", "hpc_dl.compress"):
+        for policy in (*reversed(policies), policies[0]):
+            loss, tape = taped(policy)
+            expected = 2 * w.numpy()
+            np.testing.assert_allclose(tape.gradient(loss, w), expected, rtol=1e-2)
+            tape.report_loss(9.0)
+    assert ("the loss is 9, and was 1" in caplog.text) == (hvd.size() > 1 and hvd.rank() == 0)
 
 
 def test_a_process_set_that_is_gone_keeps_nothing():

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,6 +30,7 @@ from hpc_dl.reduce.cost import (
     predict,
 )
 from hpc_dl.reduce.exchange import make_exchange
+from hpc_dl.reduce.exchange.memory import Memory
 from hpc_dl.reduce.measure import casts_of, measure_cast, measure_network, measure_work, schemes_of
 from hpc_dl.reduce.mirror import Call, Mirror
 from hpc_dl.reduce.table import render
@@ -415,6 +417,39 @@ def test_noise_does_not_make_a_line_fall(monkeypatch: pytest.MonkeyPatch) -> Non
     found = run_threads(1, measure_network)[0]
     _check(found, 1)
     assert found.allreduce == Line(1e-3, 0.0)
+
+
+def test_making_and_casting_what_is_sent_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cast is measured by itself."""
+    clock = Clock()
+    pretend(monkeypatch, clock)
+
+    def slow(memory: Memory, name: str, *given: Any) -> Any:
+        clock.now += 1.0
+        return originals[name](memory, *given)
+
+    originals: dict[str, Any] = {name: getattr(Memory, name) for name in ("zeros", "narrow")}
+    for name in originals:
+        monkeypatch.setattr(Memory, name, functools.partialmethod(slow, name))
+    found = measure_network(Comm(4, clock, 1e-5, 1e-9), ["float16"])  # type: ignore[arg-type]
+    assert found.allreduce.start == pytest.approx(1e-5, rel=1e-3)
+    assert found.narrow[0][1].start == pytest.approx(1e-5, rel=1e-3)
+
+
+@pytest.mark.parametrize("spec", ["onebit", "topk", "powersgd", "fp16"])
+def test_measuring_leaves_no_thread_behind(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+    measure_work(make(spec), 2, 1 << 12)
+    assert not set(threading.enumerate()) - before
+
+    def fails(*_: Any) -> None:
+        raise ArithmeticError
+
+    for kind in ("allreduce", "allgather", "alltoall"):
+        monkeypatch.setattr(Mirror, f"_{kind}", fails)
+    with pytest.raises(ArithmeticError):
+        measure_work(make(spec), 2, 1 << 12)
+    assert not set(threading.enumerate()) - before
 
 
 @pytest.mark.parametrize("device", [None, torch.device("cpu")], ids=["host", "tensors"])

@@ -241,3 +241,25 @@ def test_ranks_see_other_limits_and_seeds(one: Limits, two: Limits, seed: int, o
     )
     same = policies[0] == policies[1]
     assert (policies[0].describe() == policies[1].describe()) == same
+
+
+def test_where_momentum_is_taken_before_compression_all_gradients_get_it() -> None:
+    """The optimizer has none, so those that are not compressed would have none at all."""
+    policy = policy_of([("*.cast", "fp16"), ("*.level", "int8"), ("*", "dgc:momentum=0.8")])
+    large, small = (1000, 1000), (10,)
+    for name, shape, compressor in (
+        ("a.weight", large, "dgc"),
+        ("a.bias", small, "none"),
+        ("a.cast", large, "fp16"),
+        ("a.level", large, "int8"),
+    ):
+        scheme = policy.travel(name, shape, "float32").scheme
+        assert scheme is not None
+        assert (scheme.name, scheme.momentum) == (compressor, 0.8)
+    assert policy.travel("a.count", small, "int64").scheme is None
+
+
+@pytest.mark.parametrize("spec", ["topk", "demo", "fp16"])
+def test_otherwise_small_gradients_travel_as_they_are(spec: str) -> None:
+    travel = policy_of(spec).travel("a.bias", (10,), "float32")
+    assert travel.scheme is None

@@ -185,3 +185,31 @@ def test_what_is_owed_of_sums_is_kept_where_entries_are_gathered_again() -> None
         assert seen.saved[1]["server"].any()
         assert not seen.saved[3]["server"].any()
     assert_as_if_it_had_not_been(with_it, taken(scheme, 4, gradient, [0, 1, 3]), 2)
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_what_is_too_large_spoils_a_dense_step_too(size: int) -> None:
+    """Its average may not be: momentum would be taken on the other ranks alone."""
+    scheme = make("topk:ratio=0.4,momentum=0.9,warmup=2")
+
+    def gradients(rank: int, number: int) -> Floats:
+        if number == 1 and rank == 0:
+            return np.full(UNIT.size, np.float32(1.3e30))
+        return gradient(rank, number)
+
+    for dense in ((), (4,)):
+        numbers, at = [0, 1, 2, 3, 4, 5], 1
+        with_it = taken(scheme, size, gradients, numbers, dense)
+        without = taken(scheme, size, gradients, [n for n in numbers if n != at], dense)
+        assert_as_if_it_had_not_been(with_it, without, at)
+
+
+def test_health_is_that_of_the_step() -> None:
+    def main(comm: Communicator) -> None:
+        exchange = make_exchange(comm, UNIT, make("onebit"))
+        exchange.run(gradient(comm.rank, 0), 0, watch=True)
+        assert exchange.health is not None
+        exchange.run(gradient(comm.rank, 1), 1, watch=True, wire=BFLOAT16)
+        assert exchange.health is None
+
+    run_threads(2, main)

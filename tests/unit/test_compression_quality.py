@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -113,13 +113,18 @@ def test_one_warning_from_one_rank(caplog: pytest.LogCaptureFixture) -> None:
     assert "step 0: compression is suspended for 5 steps" in record.getMessage()
 
 
-def losses(reported: list[list[float]], limits: Limits) -> list[list[bool]]:
-    """Return for each rank when it was suspended, with losses by rank and step."""
+def losses(reported: Sequence[Sequence[float | None]], limits: Limits) -> list[list[bool]]:
+    """Return for each rank when it was suspended.
+
+    Args:
+        reported: losses by rank and step; None for none.
+    """
 
     def main(comm: Communicator) -> list[bool]:
         quality, suspended = Quality(comm, limits), []
         for step, loss in enumerate(reported[comm.rank]):
-            quality.loss = loss
+            if loss is not None:
+                quality.loss = loss
             suspended.append(quality.suspended(step))
             if not suspended[-1]:
                 quality.add(FINE)
@@ -137,7 +142,7 @@ def test_a_jump_of_the_loss_suspends() -> None:
 
 
 def test_losses_that_fall_or_are_not_reported_do_not() -> None:
-    nothing = [math.nan] * 5
+    nothing = [None] * 5
     for reported in (
         [nothing, nothing],
         [nothing, [5.0, 4.0, 3.0, 2.0, 1.0]],
@@ -145,6 +150,41 @@ def test_losses_that_fall_or_are_not_reported_do_not() -> None:
     ):
         for suspended in losses(reported, Limits(every=1)):
             assert not any(suspended)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("before", [[], [1.0, 1.0]])
+def test_a_reported_loss_that_is_not_finite_suspends(bad: float, before: list[float]) -> None:
+    """On one rank, or on all; also if it is the first one."""
+    limits, seen = Limits(every=1, pause=2), len(before)
+    mine, other = [*before, bad, 1.0, 1.0, 1.0, 1.0], [*before, 1.0, 1.0, 1.0, 1.0, 1.0]
+    for reported in ([mine, other], [other, mine], [mine, mine], [mine, [-x for x in mine]]):
+        for suspended in losses(reported, limits):
+            assert [i for i, s in enumerate(suspended) if s] == [seen + 1, seen + 2]
+
+
+def test_a_loss_that_is_not_finite_is_no_part_of_the_average() -> None:
+    assert (
+        reasons_of("onebit:warmup=2", [1.0, math.inf, 1.0, 9.0])
+        == [["the loss is 9, and was 1"]] * 2
+    )
+
+
+@pytest.mark.parametrize("bad", [9.0, math.nan])
+def test_a_reported_loss_counts_once(bad: float) -> None:
+    """Where losses are reported less often than the guard looks, none is news at each look."""
+
+    def main(comm: Communicator) -> list[str]:
+        quality = Quality(comm, Limits(every=1, pause=1, tries=3))
+        for step in range(12):
+            if step in (0, 2):
+                quality.loss = bad if step else 1.0
+            if not quality.suspended(step):
+                quality.add(FINE)
+            quality.judge(step)
+        return quality.reasons
+
+    assert [len(reasons) for reasons in run_threads(2, main)] == [1, 1]
 
 
 # --- with gradients ---------------------------------------------------------------------

@@ -299,8 +299,9 @@ def test_a_flush_after_reshard_pays_what_was_owed(old: int, new: int, op: Op) ->
         exchange.factor = np.float32(_times(op, new))
         arrays = exchange.arrays()
         for segment in exchange.unit.segments:
-            for key in ("residual", "server"):
-                arrays[key][segment.offset : segment.stop] = merged[segment.name][key]
+            place, state = slice(segment.offset, segment.stop), merged[segment.name]
+            arrays["residual"][place] = state["residual"]
+            arrays["server"][place] = exchange.own_part(segment.offset, state["server"])
         exchange.load_arrays(arrays)
         bucket = np.zeros(exchange.unit.size, np.float32)
         exchange.run(bucket, 3, wire=F32)

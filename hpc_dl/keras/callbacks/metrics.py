@@ -1,5 +1,6 @@
 """Average metrics over the ranks."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,8 +49,6 @@ class MetricAverageCallback(ModelCallback):
     loss of each batch.
     """
 
-    _reported = (0, 0.0)
-
     def __init__(self, device: str = ""):
         """Make the callback.
 
@@ -57,14 +56,26 @@ class MetricAverageCallback(ModelCallback):
             device: accepted for Horovod's sake.
         """
         super().__init__()
+        self._reported = 0, 0.0
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Begin a new mean, as Keras does."""
+        self._reported = 0, 0.0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Report the loss of this rank; what Keras has is the mean of the epoch so far."""
+        """Report the loss of this rank; what Keras has is the mean of the epoch so far.
+
+        Args:
+            batch: the last one of those that were executed together; there may be fewer in the
+                epoch.
+        """
         report = getattr(self.model.optimizer, "report_loss", None)
         if report is not None and logs and "loss" in logs:
-            before, mean_before = self._reported if batch else (0, 0.0)
-            count, mean = batch + 1, float(logs["loss"])
-            report((count * mean - before * mean_before) / (count - before))
+            before, mean_before = self._reported
+            steps = (self.params or {}).get("steps") or batch + 1
+            count, mean = min(batch + 1, steps), float(logs["loss"])
+            if math.isfinite(mean_before):  # else the mean tells nothing more in this epoch
+                report((count * mean - before * mean_before) / (count - before))
             self._reported = count, mean
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

@@ -96,9 +96,12 @@ class Exchange(ABC):
     def _run(self, bucket: Floats, number: int, watch: bool, wire: np.dtype[Any] | None) -> int:
         finite, warming = self.memory.is_finite(bucket), number < self.scheme.warmup
         dense = warming or wire is not None
+        self.health = None
         kept = self._begin(not dense or self._owes)
         if finite:
             self._prepare(bucket, kept, warming)
+        elif dense:
+            bucket[:] = np.nan  # What is too large may have a finite average.
         if dense:
             sent = self._send_all(bucket, kept, None if warming else wire)
             counts = self.memory.is_finite(bucket)

@@ -77,17 +77,17 @@ class Gather(Sharded):
     def _settle(self, kept: Kept) -> None:
         """Take over what is owed of sums: entries that are gathered are not summed here."""
         if self._owes_of_sums and kept.left is not None and kept.server is not None:
-            self._repay(kept.left, kept.server * np.float32(self.comm.size))
+            self._repay(kept.left, kept.server, slice(self._lo, self._hi))
             kept.server[:] = 0
 
     def _load(self, saved: dict[str, Array]) -> None:
         super()._load(saved)
         self._owes_of_sums = True  # perhaps: of a run that summed here
 
-    def _repay(self, bucket: Floats, owed: Floats) -> None:
+    def _repay(self, bucket: Floats, owed: Floats, place: slice) -> None:
         """Add what is owed; like what is selected, it may be coefficients."""
         total, gradient = self.memory.zeros(len(bucket)), self.memory.zeros(len(bucket))
-        total[self._lo : self._hi] = owed
+        total[place] = owed * np.float32(self.comm.size)
         self._restore(total, gradient)
         bucket += gradient
 

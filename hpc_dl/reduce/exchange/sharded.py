@@ -65,12 +65,12 @@ class Sharded(Exchange):
         """Add both residuals; this rank's part of the average counts for all."""
         super()._pay(bucket, kept)
         if kept.server is not None:
-            self._repay(bucket, kept.server * np.float32(self.comm.size))
+            self._repay(bucket, kept.server, slice(self._lo, self._hi))
             kept.server[:] = 0
 
-    def _repay(self, bucket: Floats, owed: Floats) -> None:
-        """Add to a gradient what is owed to this rank's shard."""
-        bucket[self._lo : self._hi] += owed
+    def _repay(self, bucket: Floats, owed: Floats, place: slice) -> None:
+        """Add to a gradient what is owed of sums; this rank's gradient is one of those averaged."""
+        bucket[place] += owed * np.float32(self.comm.size)
 
     def _arrays(self) -> dict[str, Array]:
         saved = super()._arrays()
@@ -82,7 +82,20 @@ class Sharded(Exchange):
         return saved
 
     def _load(self, saved: dict[str, Array]) -> None:
+        """Take up a state; what is owed of sums that other ranks make now is part of the rest."""
         super()._load(saved)
-        if self._server is not None and "server" in saved:
-            mine = saved["server"][self._lo : self._hi].astype(np.float32)
-            self._server.store(self.memory.from_host(mine))
+        if self._server is None or self.residual is None or "server" not in saved:
+            return
+        here = slice(self._lo, self._hi)
+        whole = self.memory.from_host(saved["server"].astype(np.float32))
+        self._server.store(self.memory.copy(whole[here]))
+        whole[here] = 0
+        if whole.any():
+            rest = self.residual.load()
+            self._repay(rest, whole, slice(None))
+            self.residual.store(rest)
+
+    def own_part(self, offset: int, values: Array) -> Array:
+        """Return what is owed of sums, at ``offset`` of the unit, without other ranks' shards."""
+        places = np.arange(offset, offset + len(values))
+        return np.where((self._lo <= places) & (places < self._hi), values, 0)
