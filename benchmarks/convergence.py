@@ -37,7 +37,8 @@ SCHEMES = (
 TASKS = ("digits", "characters")
 MOMENTUM = 0.9
 EPOCHS, DIGITS_BATCH, DIGITS_RATE = 15, 16, 0.08
-STEPS, CHARACTERS_BATCH, CONTEXT, CHARACTERS_RATE, LOOK = 600, 8, 64, 0.2, 50
+STEPS, CHARACTERS_BATCH, CHARACTERS_RATE, LOOK = 2000, 8, 0.2, 100
+CONTEXT, WIDTH = 32, 64
 #: task -> scheme -> for each seed, [(step, value on the data to be tested on), ...]
 Curves = dict[str, dict[str, list[list[tuple[int, float]]]]]
 
@@ -104,7 +105,7 @@ def characters(spec: str, seed: int, steps: int) -> list[tuple[int, float]]:
 
     torch.manual_seed(seed)
     text = python_help()
-    model = CharacterTransformer(len(text.alphabet), CONTEXT)
+    model = CharacterTransformer(len(text.alphabet), CONTEXT, WIDTH)
     optimizer, schedule = wrapped(model, spec, CHARACTERS_RATE, steps)
 
     def loss_on(part: np.ndarray, count: int, step: int) -> Any:
