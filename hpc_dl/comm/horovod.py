@@ -25,6 +25,8 @@ class Binding(Protocol):
 
     hvd: Any
     reducible: frozenset[str]
+    blocks: bool
+    """Whether collectives are over when their call returns."""
 
     def allreduce_starter(
         self, x: Any, op: Op, scale: float, name: str, group: Any
@@ -105,13 +107,17 @@ class HorovodCommunicator(BaseCommunicator):
         self, x: Array, op: Op = Op.SUM, scale: float = 1.0, name: str | None = None
     ) -> Array:
         """Combine ``x`` over all ranks, in place, and return it."""
-        if not self._is_native(x):
-            return super().allreduce(x, op, scale, name)  # which may run in the queue already
+        # Part of a call in the queue it needs no number, which may be another on each rank: the
+        # caller's thread goes on and counts, too.
+        if not self._is_started(x) or self._queue.is_here():
+            return super().allreduce(x, op, scale, name)
         self.allreduce_async(x, op, scale, name).wait()
         return x
 
-    def _is_native(self, x: Any) -> bool:
-        """Tell whether Horovod itself can reduce ``x``."""
+    def _is_started(self, x: Any) -> bool:
+        """Tell whether Horovod's own thread reduces ``x``; else it is a call in the queue."""
+        if self._binding.blocks or not (is_device_tensor(x) or isinstance(x, np.ndarray)):
+            return False
         native = is_device_tensor(x) or x.dtype.name in self._binding.reducible
         return bool(native and np.prod(x.shape) != 0)
 
@@ -120,7 +126,7 @@ class HorovodCommunicator(BaseCommunicator):
     ) -> Callable[[], Work]:
         """Return a function that starts ``allreduce`` in Horovod's own background thread."""
         resolved, factor = self._resolve(x, Op(op), scale, "allreduce")
-        if not self._is_native(x):
+        if not self._is_started(x):
             return super().persistent_allreduce(x, op, scale)
         flat = x if is_device_tensor(x) else self._flat(x, "allreduce")
         if name is None:

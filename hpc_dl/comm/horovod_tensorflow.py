@@ -22,6 +22,9 @@ class TensorFlowBinding:
     """The functions of ``horovod.tensorflow``; TensorFlow has no handles, so they block."""
 
     hvd = hvd
+    #: Run eagerly, all operations of a kind have one name for Horovod, whatever they are given:
+    #: two at a time would be taken for one.
+    blocks = True
     reducible = frozenset({"uint8", "int8", "int32", "int64", "float16", "float32", "float64"})
 
     def allreduce_starter(

@@ -23,6 +23,7 @@ class TorchBinding:
     """The functions of ``horovod.torch``; started collectives run in its own thread."""
 
     hvd = hvd
+    blocks = False
     reducible = frozenset({"int32", "int64", "float16", "float32", "float64"})
 
     def allreduce_starter(

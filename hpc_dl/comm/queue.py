@@ -80,9 +80,10 @@ class CommQueue:
 
     def idle(self) -> bool:
         """Tell whether a call made now by this thread would come after all those before it."""
-        return self._last is None or self._last.done() or self._is_own_thread()
+        return self._last is None or self._last.done() or self.is_here()
 
-    def _is_own_thread(self) -> bool:
+    def is_here(self) -> bool:
+        """Tell whether this is the communication thread, so a call is part of another one."""
         return threading.current_thread() is self._thread
 
     def _serve(self) -> None:

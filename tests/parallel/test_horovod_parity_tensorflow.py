@@ -35,7 +35,7 @@ def test_the_gradients_of_a_tape(exact: bool) -> None:
     x = generator.integers(-8, 9, ROWS) if exact else generator.normal(size=ROWS)
     x = x.astype(np.float32)
     ours, theirs = (gradient_of(library, weights, x) for library in (hvd, horovod))
-    largest = horovod.allreduce(x * x, op=horovod.Sum).numpy()
+    largest = horovod.allreduce(x * x, op=horovod.Sum, name=f"parity.{exact}").numpy()
     # Horovod rounds after each addition and after the division, and we round once: where the
     # sum is exact, what is left is the division.
     roundings = 2 if exact else hvd.size() + 2

@@ -12,6 +12,8 @@ horovod = pytest.importorskip("horovod.torch", reason="Horovod is not built for 
 ROWS, STEPS = 24, 5
 
 
+# Horovod's own names are numbers that count a rank's operations so far, which may differ after
+# other tests: all of its operations here have names.
 @pytest.fixture(autouse=True)
 def _worlds():
     hvd.init()
@@ -36,16 +38,18 @@ def optimizer_of(library, net, compression):
 def test_an_all_reduce_of_what_adds_exactly_is_the_same() -> None:
     ours = hvd.allreduce(gradients(True), op=hvd.Sum, compression=hvd.Compression.fp16)
     theirs = horovod.allreduce(
-        gradients(True), op=horovod.Sum, compression=horovod.Compression.fp16
+        gradients(True), op=horovod.Sum, compression=horovod.Compression.fp16, name="parity.1"
     )
     np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 
 def test_an_all_reduce_differs_by_the_rounding_of_the_sums() -> None:
     ours = hvd.allreduce(gradients(False), compression=hvd.Compression.fp16)
-    theirs = horovod.allreduce(gradients(False), compression=horovod.Compression.fp16)
+    theirs = horovod.allreduce(
+        gradients(False), compression=horovod.Compression.fp16, name="parity.2"
+    )
     # Horovod rounds after each of the size - 1 additions and after the division, we once.
-    largest = horovod.allreduce(gradients(False).abs(), op=horovod.Sum)
+    largest = horovod.allreduce(gradients(False).abs(), op=horovod.Sum, name="parity.3")
     bound = (horovod.size() + 1) * 2.0**-11 * largest
     assert (ours - theirs).abs().le(bound).all()
 
@@ -54,7 +58,7 @@ def test_bf16_is_an_all_reduce_of_what_is_cast() -> None:
     """Horovod has no such compressor, but reduces tensors of the type."""
     x = gradients(True)
     ours = hvd.allreduce(x, op=hvd.Sum, compression=hvd.Compression.bf16)
-    theirs = horovod.allreduce(x.bfloat16().float(), op=horovod.Sum)
+    theirs = horovod.allreduce(x.bfloat16().float(), op=horovod.Sum, name="parity.4")
     assert (ours - theirs).abs().le(2.0**-8 * theirs.abs()).all()
 
 
