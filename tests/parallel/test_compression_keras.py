@@ -12,6 +12,7 @@ from hpc_dl.errors import MismatchError, OptionError
 from hpc_dl.reduce import reshard
 from hpc_dl.reduce.exchange import make_exchange
 from hpc_dl.testing.same import assert_same_bytes
+from hpc_dl.world import current
 
 # Keras' own variables on torch, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -65,8 +66,11 @@ def error(net):
 
 
 def assert_same(one, other):
+    """To the bit, where sums do not depend on what Horovod fuses: from three ranks on they do."""
+    fused = current().comm.name == "horovod" and hvd.size() > 2
+    rtol, atol = (1e-3, 1e-5) if fused else (0, 0)
     for a, b in zip(one, other, strict=True):
-        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("spec", SPECS)
