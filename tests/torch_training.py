@@ -83,3 +83,11 @@ def furthest(a: torch.nn.Module, b: torch.nn.Module) -> float:
     """Return the largest difference between the parameters of two models."""
     pairs = zip(a.parameters(), b.parameters(), strict=True)
     return max(float((p - q).detach().abs().max()) for p, q in pairs)
+
+
+def equal_on_all_ranks(net: torch.nn.Module) -> bool:
+    """Tell whether all ranks have the same parameters, to the bit, and all are finite."""
+    finite = all(bool(p.isfinite().all()) for p in net.parameters())
+    values = [p.detach().numpy().tobytes() for p in net.parameters()]
+    everyone = hvd.allgather_object(values)
+    return finite and all(theirs == values for theirs in everyone)

@@ -125,9 +125,9 @@ class HorovodCommunicator(BaseCommunicator):
         self, x: Array, op: Op = Op.SUM, scale: float = 1.0, name: str | None = None
     ) -> Callable[[], Work]:
         """Return a function that starts ``allreduce`` in Horovod's own background thread."""
-        resolved, factor = self._resolve(x, Op(op), scale, "allreduce")
         if not self._is_started(x):
             return super().persistent_allreduce(x, op, scale)
+        resolved, factor = self._resolve(x, Op(op), scale, "allreduce")
         flat = x if is_device_tensor(x) else self._flat(x, "allreduce")
         if name is None:
             self._started += 1

@@ -268,9 +268,9 @@ class MpiCommunicator(BaseCommunicator):
         return rows.alltoall(self._comm, self._pairs, parts, received)
 
     def _exchange(self, row: Array) -> Array:
-        rows = np.empty((self.size, len(row)), row.dtype)
-        self._comm.Allgather([row, row.nbytes, MPI.BYTE], [rows, row.nbytes, MPI.BYTE])
-        return rows
+        table = np.empty((self.size, len(row)), row.dtype)
+        self._comm.Allgather([row, row.nbytes, MPI.BYTE], [table, row.nbytes, MPI.BYTE])
+        return table
 
     def _barrier(self) -> None:
         self._comm.Barrier()

@@ -133,10 +133,7 @@ class Policy(NamedTuple):
     @property
     def takes_momentum(self) -> bool:
         """Whether any rule takes momentum, which the optimizer must not take again."""
-        return any(
-            r.scheme.momentum or getattr(r.scheme.compressor, "owns_momentum", False)
-            for r in self.rules
-        )
+        return any(r.scheme.momentum or r.scheme.compressor.owns_momentum for r in self.rules)
 
     @property
     def cast(self) -> str | None:

@@ -294,9 +294,7 @@ def DistributedOptimizer(  # noqa: N802  (Horovod's name)
     def reduction(everything: Named) -> Reduction | None:
         named = [(name, p) for name, p in everything if p.requires_grad]
         alone = current().comm.size == 1
-        # Momentum that is taken before compression is not left to the optimizer on one rank.
-        takes_momentum = isinstance(compressor, Policy) and compressor.takes_momentum
-        if not process_set.included() or (alone and not takes_momentum):
+        if not process_set.included() or (alone and not wanted.takes_momentum):
             return None
         group = process_set.group()
         if op is Op.ADASUM:

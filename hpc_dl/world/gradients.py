@@ -74,10 +74,15 @@ class GradientOptions(NamedTuple):
     guard: bool
 
     @property
+    def takes_momentum(self) -> bool:
+        """Whether momentum is taken before compression; not left to the optimizer on one rank."""
+        return isinstance(self.compression, Policy) and self.compression.takes_momentum
+
+    @property
     def combines(self) -> bool:
         """Whether this rank has gradients to combine; alone, momentum may be left to take."""
-        takes_momentum = isinstance(self.compression, Policy) and self.compression.takes_momentum
-        return self.process_set.included() and (self.process_set.size() > 1 or takes_momentum)
+        several = self.process_set.size() > 1
+        return self.process_set.included() and (several or self.takes_momentum)
 
 
 def gradient_options(

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from stub_chooser import let_auto_choose
-from torch_training import batch, furthest, model
-from torch_training import loss_of as small_loss
+from torch_training import equal_on_all_ranks, furthest, train_sharded
 
 import hpc_dl.torch as hvd
 import hpc_dl.torch.gradients as gradients
@@ -96,9 +95,7 @@ def test_replicas_stay_equal_and_learn(spec):
     take(net, optimizer, range(30))
     with torch.no_grad():
         after = float(loss_of(net, 99, 0))
-    mine = torch.from_numpy(weights(net))
-    for other in hvd.allgather(mine[None]):
-        assert torch.equal(mine, other)
+    assert equal_on_all_ranks(net)
     assert after < before
 
 
@@ -260,9 +257,7 @@ def test_auto_chooses_alike_and_trains():
         chosen = optimizer._reduction._compression.policy.describe()
         assert len(set(hvd.allgather_object(chosen))) == 1
         assert not optimizer._reduction._compression.deciding
-    mine = torch.from_numpy(weights(net))
-    for other in hvd.allgather(mine[None]):
-        assert torch.equal(mine, other)
+    assert equal_on_all_ranks(net)
 
 
 def test_a_run_that_is_resumed_goes_on_with_what_auto_chose(monkeypatch):
@@ -429,9 +424,7 @@ def test_a_state_that_is_loaded_within_a_step_ends_the_step(broadcast, monkeypat
         assert not state["server"].any()
     optimizer.zero_grad()
     take(net, optimizer, range(3, 5))
-    mine = torch.from_numpy(weights(net))
-    for other in hvd.allgather(mine[None]):
-        assert torch.equal(mine, other)
+    assert equal_on_all_ranks(net)
 
 
 @pytest.mark.parametrize("spec", ["onebit:warmup=3", "randomk:ratio=0.1"])
@@ -517,9 +510,7 @@ def test_all_ranks_go_on_after_a_join(spec):
     last = hvd.join()
     hvd.broadcast_parameters(net.state_dict(), root_rank=last)
     take(net, optimizer, range(5, 8))
-    mine = torch.from_numpy(weights(net))
-    for other in hvd.allgather(mine[None]):
-        assert torch.equal(mine, other)
+    assert equal_on_all_ranks(net)
     if hvd.size() > 1:
         assert len(set(map(tuple, hvd.allgather_object(sorted(steps_of(optimizer)))))) == 1
 
@@ -531,9 +522,7 @@ def test_casts_are_served_after_a_join_over_every_communicator():
     last = hvd.join()
     hvd.broadcast_parameters(net.state_dict(), root_rank=last)
     take(net, optimizer, range(5, 7))
-    mine = torch.from_numpy(weights(net))
-    for other in hvd.allgather(mine[None]):
-        assert torch.equal(mine, other)
+    assert equal_on_all_ranks(net)
 
 
 @pytest.mark.parametrize("spec", ["dgc:momentum=0.9", "topk:momentum=0.9"])
@@ -541,16 +530,10 @@ def test_gradients_too_small_to_be_compressed_have_momentum_all_the_same(spec):
     """Also on one rank: the optimizer has none."""
 
     def train(momentum, **options):
-        net = model(torch.float32)
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=momentum)
-        optimizer = hvd.DistributedOptimizer(optimizer, net.named_parameters(), **options)
-        for step in range(6):
-            optimizer.zero_grad()
-            x, y = batch(step, 24, torch.float32)
-            mine = slice(hvd.rank(), None, hvd.size())
-            small_loss(net, x[mine], y[mine]).backward()
-            optimizer.step()
-        return net
+        def sgd(parameters):
+            return torch.optim.SGD(parameters, lr=0.05, momentum=momentum)
+
+        return train_sharded(sgd, 6, 24, torch.float32, **options)
 
     assert furthest(train(0.0, compression=spec), train(0.9)) < 1e-5
     assert furthest(train(0.0), train(0.9)) > 1e-2

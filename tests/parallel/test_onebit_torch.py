@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.datasets import load_digits
-from torch_training import batch, furthest, loss_of, model
+from torch_training import batch, equal_on_all_ranks, furthest, loss_of, model
 
 import hpc_dl.torch as hvd
 from hpc_dl.compress import unchecked
@@ -48,11 +48,6 @@ def train(net, optimizer, steps, rows, data=shard):
 def distributed(net, kind="adam", **options):
     own = KINDS[kind](net.parameters(), **{"lr": 0.01, "freeze_step": 5, **options})
     return hvd.DistributedOptimizer(own, net.named_parameters())
-
-
-def equal_on_all_ranks(net) -> bool:
-    values = [p.detach().numpy().tobytes() for p in net.parameters()]
-    return all(theirs == values for theirs in hvd.allgather_object(values))
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])

@@ -128,6 +128,21 @@ class GroupsConformance(Suite):
 
         on_ranks(check)
 
+    def test_a_group_of_all_ranks_is_told_apart(self, on_ranks: OnRanks) -> None:
+        """Also where two threads make the calls, on every other rank in the other order."""
+
+        def check(comm: Communicator) -> None:
+            group = comm.split(0)
+            assert group is not None
+            both = (comm, 1.0), (group, 10.0)
+            for i in range(4):
+                in_order = both if (comm.rank + i) % 2 else both[::-1]
+                works = [(c.allreduce_async(np.full(500, v)), v) for c, v in in_order]
+                assert all((work.wait() == v * comm.size).all() for work, v in works)
+            group.close()
+
+        on_ranks(check)
+
     def test_negative_color(self, on_ranks: OnRanks) -> None:
         def check(comm: Communicator) -> None:
             with pytest.raises(OptionError, match="color -1; valid: 0 or more"):
