@@ -1,7 +1,7 @@
 """Does it learn as well? Compressors against the dense control, over several seeds.
 
     python benchmarks/convergence.py [--ranks 4] [--seeds 3] [--task digits ...] [--scheme SPEC ...]
-                                     [--epochs 15] [--steps 600] [--picture FILE]
+                                     [--epochs 15] [--steps 2000] [--picture FILE]
                                      [--markdown FILE] [--json FILE]
 
 Two tasks on real data: handwritten digits by a convolutional network, and the next character of

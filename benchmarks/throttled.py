@@ -15,6 +15,7 @@ quartiles, of the slowest rank in each step.
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -161,6 +162,7 @@ def rank_main(family: str, peers: list[str], side: int, address: str, result: Pa
             taken.append(world.allreduce(time.perf_counter() - start, MPI.MAX))
         results[peer] = (taken, (sent() - before) / len(taken))
         del step, sent
+        gc.collect()  # The model and its optimizer know each other.
         if world.rank == 0:
             print(f"{peer}: {np.median(taken) * 1e3:.0f} ms a step", file=sys.stderr, flush=True)
     if world.rank == 0:

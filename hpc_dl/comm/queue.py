@@ -11,7 +11,7 @@ class QueuedWork:
 
     def __init__(self, call: Callable[[], Any]):
         self._call = call
-        self._finished = threading.Event()
+        self.finished = threading.Event()
         self._result: Any = None
         self._error: BaseException | None = None
 
@@ -22,15 +22,15 @@ class QueuedWork:
         except BaseException as error:
             self._error = error
         finally:
-            self._finished.set()
+            self.finished.set()
 
     def done(self) -> bool:
         """Tell whether the call has returned or raised."""
-        return self._finished.is_set()
+        return self.finished.is_set()
 
     def wait(self) -> Any:
         """Block until the call has ended; return its result or raise its error."""
-        self._finished.wait()
+        self.finished.wait()
         if self._error is not None:
             raise self._error
         return self._result
@@ -49,7 +49,7 @@ class CommQueue:
         self._threaded = threaded
         self._calls: queue.SimpleQueue[QueuedWork | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._last: QueuedWork | None = None
+        self._last: threading.Event | None = None
         # Held while a call runs: two threads of a rank must never be in collectives at once.
         self.running = threading.RLock()
         self._beginning = threading.Lock()
@@ -58,10 +58,11 @@ class CommQueue:
         """Run ``call`` on the communication thread, after all calls before it."""
         work = QueuedWork(call)
         if not self._threaded:
-            work.run()
+            with self.running:
+                work.run()
             return work
         self._begin()
-        self._last = work
+        self._last = work.finished
         self._calls.put(work)
         return work
 
@@ -80,7 +81,7 @@ class CommQueue:
 
     def idle(self) -> bool:
         """Tell whether a call made now by this thread would come after all those before it."""
-        return self._last is None or self._last.done() or self.is_here()
+        return self._last is None or self._last.is_set() or self.is_here()
 
     def is_here(self) -> bool:
         """Tell whether this is the communication thread, so a call is part of another one."""
@@ -90,6 +91,7 @@ class CommQueue:
         while (work := self._calls.get()) is not None:
             with self.running:
                 work.run()
+            del work  # What it was made of and what came out lives no longer than it is needed.
 
     def close(self) -> None:
         """Finish what is pending and end the thread."""

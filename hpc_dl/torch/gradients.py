@@ -6,7 +6,8 @@ hook moves each gradient into its bucket as soon as it is accumulated, and full 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -89,7 +90,8 @@ class GradientReduction:
         self._generation = 0
         self._stepped, self._loaded = False, False
         self._compression = Compression(group, options.policy)
-        self._hooks = [p.register_post_accumulate_grad_hook(self._on_grad) for p in self._names]
+        hook = _hook(self)
+        self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._names]
 
     def _described(self, policy: Policy) -> list[Described]:
         return [
@@ -373,6 +375,22 @@ class GradientReduction:
         """Unhook the gradients."""
         for hook in self._hooks:
             hook.remove()
+
+
+def _hook(reduction: GradientReduction) -> Callable[[torch.Tensor], None]:
+    """Return a hook that does not keep the reduction.
+
+    The garbage collector does not see what a parameter's hooks keep: the parameters and their
+    reduction would keep each other for ever.
+    """
+    reference = weakref.ref(reduction)
+
+    def on_grad(p: torch.Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._on_grad(p)
+
+    return on_grad
 
 
 def _is_sparse(p: torch.nn.Parameter) -> bool:

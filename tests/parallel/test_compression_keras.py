@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import pytest
 from keras_training import BACKEND, apply, equal_on_all_ranks, gradients, tensor
+from same_training import assert_same_training
 from stub_chooser import let_auto_choose
 
 import hpc_dl.keras as hvd
@@ -12,7 +13,6 @@ from hpc_dl.errors import MismatchError, OptionError
 from hpc_dl.reduce import reshard
 from hpc_dl.reduce.exchange import make_exchange
 from hpc_dl.testing.same import assert_same_bytes
-from hpc_dl.world import current
 
 # Keras' own variables on torch, with NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -63,14 +63,6 @@ def error(net):
     x, y = batch(99, 0)
     predicted = np.tanh(x @ net.get_weights()[0] + net.get_weights()[1]) @ net.get_weights()[2]
     return float(np.square(predicted + net.get_weights()[3] - y).mean())
-
-
-def assert_same(one, other):
-    """To the bit, where sums do not depend on what Horovod fuses: from three ranks on they do."""
-    fused = current().comm.name == "horovod" and hvd.size() > 2
-    rtol, atol = (1e-3, 1e-5) if fused else (0, 0)
-    for a, b in zip(one, other, strict=True):
-        np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -152,7 +144,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(spec):
     later.set_weights(halves.get_weights())
     second = wrapped(unchecked(spec), 0.1)
     second.load_compression_state(first.compression_state())
-    assert_same(take(later, second, range(3, 6)), expected)
+    assert_same_training(take(later, second, range(3, 6)), expected)
 
 
 def test_what_is_owed_survives_a_change_of_the_number_of_ranks():
@@ -204,12 +196,12 @@ def test_fit(eagerly):
 
 def test_warm_up_is_the_dense_control_to_the_bit():
     dense = take(model(), wrapped("none"), range(3))
-    assert_same(take(model(), wrapped("topk:ratio=0.01,warmup=3"), range(3)), dense)
+    assert_same_training(take(model(), wrapped("topk:ratio=0.01,warmup=3"), range(3)), dense)
 
 
 def test_a_cast_by_name_is_horovods_cast():
     by_class = take(model(), wrapped(hvd.Compression.fp16), range(3))
-    assert_same(take(model(), wrapped("fp16"), range(3)), by_class)
+    assert_same_training(take(model(), wrapped("fp16"), range(3)), by_class)
 
 
 def test_ranks_with_different_compression_are_told():
@@ -255,7 +247,7 @@ def test_auto_goes_on_with_what_it_chose(chosen, monkeypatch):
     later = model()
     later.set_weights(net.get_weights())
     resumed.load_compression_state(optimizer.compression_state())
-    assert_same(take(later, resumed, range(8, 11)), take(net, optimizer, range(8, 11)))
+    assert_same_training(take(later, resumed, range(8, 11)), take(net, optimizer, range(8, 11)))
     assert 20 * resumed.traffic().bytes_sent < resumed.traffic().bytes_dense
 
 
@@ -349,7 +341,7 @@ def test_tapes_of_a_run_that_is_resumed_go_on_with_what_was_owed():
     tape = _tape(second)
     tape.load_compression_state(state)
     expected = _taped(net, 3, first)
-    assert_same([g.numpy() for g in _taped(net, 3, second)], [g.numpy() for g in expected])
+    assert_same_training([g.numpy() for g in _taped(net, 3, second)], [g.numpy() for g in expected])
     if hvd.size() == 1:
         assert state == {}
         return

@@ -1,11 +1,15 @@
 """The distributed optimizer of torch on real ranks; true for any number of them."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch_training import OPTIMIZERS, batch, furthest, loss_of, model, train_alone, train_sharded
 
 import hpc_dl.torch as hvd
 import hpc_dl.torch.gradients as gradients
+from hpc_dl.compress import only, unchecked
 from hpc_dl.errors import (
     HpcDlError,
     MismatchError,
@@ -576,6 +580,29 @@ def test_hooks_of_the_optimizer_run_once_a_step():
         loss_of(net, *shard(0, 12 * hvd.size())).backward()
         optimizer.step()
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("compression", ["none", "topk:ratio=0.1"])
+def test_an_optimizer_that_is_gone_leaves_nothing(compression, rows):
+    """Neither its model nor its buckets, which training in the same process would add up."""
+    group = hvd.global_process_set.group()
+
+    def train() -> weakref.ref:
+        net = model()
+        optimizer = sgd(net, compression=unchecked([only("*", compression, min_bytes=0)]))
+        for step in range(3):
+            optimizer.zero_grad()
+            loss_of(net, *shard(step, rows)).backward()
+            optimizer.step()
+        return weakref.ref(next(net.parameters()))
+
+    gc.collect()
+    before = len(group._reducers), len(getattr(group.comm, "_segments", ()))
+    for _ in range(3):
+        weight = train()
+        gc.collect()
+        assert weight() is None
+    assert (len(group._reducers), len(getattr(group.comm, "_segments", ()))) == before
 
 
 def test_gradients_outlive_the_world():
