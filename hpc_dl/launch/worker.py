@@ -45,6 +45,8 @@ def main(arguments: Sequence[str]) -> None:
     rank = os.getpid()
     try:
         control = _join_launcher(first_number(_RANKS, os.environ, 0), os.environ)
+        # Also where the script turns its errors elsewhere, as pytest does.
+        faulthandler.register(signal.SIGQUIT, file=os.dup(2), all_threads=True)
         expected = first_number((channel.EXPECTED_SIZE,), os.environ, 0)
         _check_start(first_number(_SIZES, os.environ, 1), expected)
         end = _run(arguments)

@@ -101,8 +101,11 @@ def test_a_rank_that_ignores_sigterm_is_ended_all_the_same(launch: Launch) -> No
     assert done.took_to_end < PROMPT
 
 
-def test_a_time_limit_shows_where_each_rank_stood(launch: Launch) -> None:
-    done = launch(f"def stuck(): {WAIT_FOR_EVER}\nstuck()", options=("--timeout", 6))
+@pytest.mark.parametrize(
+    "before", ["", "os.dup2(os.open(os.devnull, os.O_WRONLY), 2)"], ids=["", "errors turned away"]
+)
+def test_a_time_limit_shows_where_each_rank_stood(before: str, launch: Launch) -> None:
+    done = launch(f"{before}\ndef stuck(): {WAIT_FOR_EVER}\nstuck()", options=("--timeout", 6))
     assert done.code == 124
     assert done.err.count("in stuck") == 2
     assert "still running after 6 s" in done.err
