@@ -82,6 +82,9 @@ def plan(request: Request, mpirun: Mpirun | None, environ: Mapping[str, str]) ->
     environment = start_environment(mpirun, environ)
     # Each rank's math library would otherwise take all cores, and the ranks fight for them.
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // request.ranks)))
+    if mpirun is not None and mpirun.family == "openmpi" and request.ranks > cores():
+        # A rank that waits would else keep the core that the rank it waits for needs.
+        environment.setdefault("OMPI_MCA_mpi_yield_when_idle", "1")
     environment.update(request.environment)
     command = worker
     if mpirun is not None:

@@ -135,6 +135,20 @@ def test_marks_of_an_outer_job_are_not_inherited() -> None:
     }
 
 
+def test_ranks_that_wait_leave_their_core_where_there_are_too_few(tmp_path: Path) -> None:
+    script, name = tmp_path / "train.py", "OMPI_MCA_mpi_yield_when_idle"
+    script.touch()
+    openmpi = Mpirun(tmp_path / "mpirun", "openmpi", "5", "a test")
+
+    def planned(ranks: int, environ: dict[str, str]) -> str | None:
+        job = plan(Request(str(script), ranks=ranks), openmpi, environ)
+        return job.environment.get(name)
+
+    assert planned(cores(), {}) is None
+    assert planned(cores() + 1, {}) == "1"
+    assert planned(cores() + 1, {name: "0"}) == "0"
+
+
 def test_threads_are_shared_out_unless_the_user_has_done_so(tmp_path: Path) -> None:
     script = tmp_path / "a script.py"
     script.touch()
