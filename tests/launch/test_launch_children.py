@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from launches import PATIENCE, WAIT_FOR_EVER, Launch, Start, alive, command, pids_of, wait_until
+from launches import PATIENCE, WAIT_FOR_EVER, Launch, Start, alive, command, pids_of
+from waiting import wait_until
 
 
 def test_nothing_is_left_when_the_launcher_is_killed(start: Start) -> None:

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launches import PATIENCE, PROMPT, Start, alive, command, pids_of, wait_until
+from launches import PATIENCE, PROMPT, Start, alive, command, pids_of
+from waiting import wait_until
 
 
 def test_a_reader_that_goes_away_ends_the_job(start: Start, temporary: Path) -> None:

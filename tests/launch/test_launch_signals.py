@@ -12,8 +12,8 @@ from launches import (
     Start,
     alive,
     pids_of,
-    wait_until,
 )
+from waiting import wait_until
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

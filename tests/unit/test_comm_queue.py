@@ -1,11 +1,11 @@
 """The communication thread, by itself."""
 
-import gc
 import threading
 import time
 import weakref
 
 import pytest
+from waiting import is_freed
 
 from hpc_dl.comm.queue import CommQueue
 
@@ -50,11 +50,7 @@ def test_nothing_is_kept_of_a_call_that_is_over(calls):
     kept = weakref.ref(model)
     assert calls.submit(model.reduced).wait() is model
     del model
-    until = time.monotonic() + 10
-    while kept() is not None and time.monotonic() < until:
-        time.sleep(0.01)  # The thread is still at the end of the call.
-        gc.collect()
-    assert kept() is None
+    assert is_freed(kept)
 
 
 def test_two_threads_are_never_in_calls_at_once(calls):
